@@ -1,0 +1,11 @@
+/* Everything of libattn. */
+#ifndef ATTN_ATTN_H
+#define ATTN_ATTN_H
+
+#include <attn/memory.h>
+#include <attn/op.h>
+#include <attn/safetensors.h>
+#include <attn/status.h>
+#include <attn/tensor.h>
+
+#endif

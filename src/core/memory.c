@@ -1,0 +1,248 @@
+/* The replaceable allocator and arenas. */
+#include "core/internal.h"
+
+#include <omp.h>
+#include <stdlib.h>
+#include <string.h>
+
+#define ALIGNMENT 64
+
+static void *default_alloc(void *user, size_t bytes)
+{
+    (void)user;
+    return malloc(bytes);
+}
+
+static void default_free(void *user, void *memory)
+{
+    (void)user;
+    free(memory);
+}
+
+static attn_allocator current = {default_alloc, default_free, NULL};
+
+void attn_set_allocator(const attn_allocator *allocator)
+{
+    if (allocator != NULL) {
+        current = *allocator;
+    } else {
+        current = (attn_allocator){default_alloc, default_free, NULL};
+    }
+}
+
+/* The start of the underlying block is kept just below the aligned address. */
+void *attn_alloc(size_t bytes)
+{
+    if (bytes > SIZE_MAX - ALIGNMENT - sizeof(void *)) {
+        return NULL;
+    }
+    void *block = current.alloc(current.user, bytes + ALIGNMENT + sizeof(void *));
+    if (block == NULL) {
+        return NULL;
+    }
+    uintptr_t address = ((uintptr_t)block + sizeof(void *) + ALIGNMENT - 1) & ~(uintptr_t)(ALIGNMENT - 1);
+    memcpy((char *)address - sizeof(void *), &block, sizeof block);
+    return (void *)address;
+}
+
+void attn_free(void *memory)
+{
+    if (memory != NULL) {
+        void *block;
+        memcpy(&block, (char *)memory - sizeof(void *), sizeof block);
+        current.free(current.user, block);
+    }
+}
+
+static int product_overflows(size_t count, size_t size)
+{
+    return size != 0 && count > SIZE_MAX / size;
+}
+
+void *attn_alloc_array(size_t count, size_t size)
+{
+    return product_overflows(count, size) ? NULL : attn_alloc(count * size);
+}
+
+void *attn_calloc_array(size_t count, size_t size)
+{
+    void *memory = attn_alloc_array(count, size);
+    if (memory != NULL) {
+        memset(memory, 0, count * size);
+    }
+    return memory;
+}
+
+void *attn_realloc(void *memory, size_t old_bytes, size_t new_bytes)
+{
+    void *moved = attn_alloc(new_bytes);
+    if (moved != NULL && memory != NULL) {
+        memcpy(moved, memory, old_bytes < new_bytes ? old_bytes : new_bytes);
+        attn_free(memory);
+    }
+    return moved;
+}
+
+char *attn_strdup(const char *text)
+{
+    size_t bytes = strlen(text) + 1;
+    char *copy = attn_alloc(bytes);
+    if (copy != NULL) {
+        memcpy(copy, text, bytes);
+    }
+    return copy;
+}
+
+typedef struct block {
+    struct block *previous;
+    size_t capacity; /* bytes after the header, which takes ALIGNMENT bytes */
+    size_t used;
+} block;
+
+struct attn_arena {
+    block *top;
+    size_t capacity;
+};
+
+_Static_assert(sizeof(block) <= ALIGNMENT, "the header must fit in one alignment unit");
+
+static block *block_create(size_t capacity)
+{
+    if (capacity > SIZE_MAX - ALIGNMENT) {
+        return NULL;
+    }
+    block *made = attn_alloc(capacity + ALIGNMENT);
+    if (made != NULL) {
+        *made = (block){NULL, capacity, 0};
+    }
+    return made;
+}
+
+attn_status attn_arena_create(attn_arena **arena, size_t bytes)
+{
+    *arena = NULL;
+    size_t first = bytes > 0 ? bytes : (size_t)1 << 16;
+    attn_arena *made = attn_alloc(sizeof *made);
+    if (made == NULL) {
+        return attn_fail_memory(sizeof *made);
+    }
+    made->top = block_create(first);
+    if (made->top == NULL) {
+        attn_free(made);
+        return attn_fail_memory(first);
+    }
+    made->capacity = first;
+    *arena = made;
+    return ATTN_OK;
+}
+
+static void blocks_free(block *top)
+{
+    while (top != NULL) {
+        block *previous = top->previous;
+        attn_free(top);
+        top = previous;
+    }
+}
+
+void attn_arena_destroy(attn_arena *arena)
+{
+    if (arena != NULL) {
+        blocks_free(arena->top);
+        attn_free(arena);
+    }
+}
+
+void attn_arena_reset(attn_arena *arena)
+{
+    if (arena->top->previous != NULL) {
+        /* Merge; when that is refused the largest (last) block alone remains. */
+        block *merged = block_create(arena->capacity);
+        if (merged != NULL) {
+            blocks_free(arena->top);
+            arena->top = merged;
+        } else {
+            blocks_free(arena->top->previous);
+            arena->top->previous = NULL;
+            arena->capacity = arena->top->capacity;
+        }
+    }
+    arena->top->used = 0;
+}
+
+void *attn_arena_alloc(attn_arena *arena, size_t bytes)
+{
+    if (bytes > SIZE_MAX / 2) {
+        return NULL;
+    }
+    size_t rounded = (bytes + ALIGNMENT - 1) & ~(size_t)(ALIGNMENT - 1);
+    block *top = arena->top;
+    if (rounded > top->capacity - top->used) {
+        size_t capacity = rounded > 2 * top->capacity ? rounded : 2 * top->capacity;
+        block *made = block_create(capacity);
+        if (made == NULL && capacity > rounded) {
+            capacity = rounded;
+            made = block_create(capacity);
+        }
+        if (made == NULL) {
+            return NULL;
+        }
+        made->previous = top;
+        arena->top = top = made;
+        arena->capacity += capacity;
+    }
+    void *memory = (char *)top + ALIGNMENT + top->used;
+    top->used += rounded;
+    return memory;
+}
+
+void *attn_arena_array(attn_arena *arena, size_t count, size_t size)
+{
+    return product_overflows(count, size) ? NULL : attn_arena_alloc(arena, count * size);
+}
+
+size_t attn_arena_capacity(const attn_arena *arena) { return arena->capacity; }
+
+attn_arena_mark attn_arena_get_mark(attn_arena *arena)
+{
+    return (attn_arena_mark){arena->top, arena->top->used};
+}
+
+void attn_arena_release(attn_arena *arena, attn_arena_mark mark)
+{
+    while (arena->top != mark.block) {
+        block *previous = arena->top->previous;
+        arena->capacity -= arena->top->capacity;
+        attn_free(arena->top);
+        arena->top = previous;
+    }
+    arena->top->used = mark.used;
+}
+
+int attn_exec_threads(const attn_exec *exec)
+{
+    return exec != NULL && exec->threads > 0 ? exec->threads : omp_get_max_threads();
+}
+
+attn_status attn_scratch_begin(attn_scratch *scratch, const attn_exec *exec)
+{
+    scratch->owned = exec == NULL || exec->arena == NULL;
+    if (scratch->owned) {
+        ATTN_TRY(attn_arena_create(&scratch->arena, 0));
+    } else {
+        scratch->arena = exec->arena;
+    }
+    scratch->mark = attn_arena_get_mark(scratch->arena);
+    return ATTN_OK;
+}
+
+void attn_scratch_end(attn_scratch *scratch)
+{
+    if (scratch->owned) {
+        attn_arena_destroy(scratch->arena);
+    } else if (((block *)scratch->mark.block)->previous == NULL && scratch->mark.used == 0) {
+        attn_arena_reset(scratch->arena); /* keeps the memory for the next call */
+    } else {
+        attn_arena_release(scratch->arena, scratch->mark);
+    }
+}
