@@ -1,0 +1,106 @@
+#include "cli.h"
+
+#include <errno.h>
+#include <stdarg.h>
+#include <stdlib.h>
+#include <string.h>
+
+/* In the order in which `attn --help` shows them. */
+static const cli_command commands[] = {
+    {"list", cli_list, "the mechanisms"},
+    {"describe", cli_describe, "one mechanism: parameters, inputs, outputs, paper"},
+    {"apply", cli_apply, "run a mechanism on tensors from a file"},
+    {"check", cli_check, "compare mechanisms with files of expected results"},
+};
+
+#define COMMAND_COUNT (sizeof commands / sizeof commands[0])
+
+int cli_error(const char *format, ...)
+{
+    va_list arguments;
+    va_start(arguments, format);
+    fputs("attn: ", stderr);
+    vfprintf(stderr, format, arguments);
+    fputc('\n', stderr);
+    va_end(arguments);
+    return 1;
+}
+
+int cli_library_error(void) { return cli_error("%s", attn_last_error()); }
+
+int cli_usage_error(const char *command, const char *format, ...)
+{
+    va_list arguments;
+    va_start(arguments, format);
+    fprintf(stderr, "attn %s: ", command);
+    vfprintf(stderr, format, arguments);
+    fprintf(stderr, "\nSee 'attn %s --help'.\n", command);
+    va_end(arguments);
+    return 2;
+}
+
+int cli_parse_int(const char *command, const char *option, const char *text, long min, long max, long *value)
+{
+    char *end;
+    errno = 0;
+    long parsed = strtol(text, &end, 10);
+    if (errno != 0 || end == text || *end != '\0' || parsed < min || parsed > max) {
+        cli_usage_error(command, "%s %s: expected a whole number from %ld to %ld", option, text, min, max);
+        return 0;
+    }
+    *value = parsed;
+    return 1;
+}
+
+void cli_text_add(cli_text *text, const char *format, ...)
+{
+    va_list arguments, again;
+    va_start(arguments, format);
+    va_copy(again, arguments);
+    size_t more = (size_t)vsnprintf(NULL, 0, format, arguments);
+    va_end(arguments);
+    char *grown = realloc(text->data, text->length + more + 1);
+    if (grown == NULL) {
+        cli_error("out of memory");
+        exit(1);
+    }
+    text->data = grown;
+    vsnprintf(grown + text->length, more + 1, format, again);
+    va_end(again);
+    text->length += more;
+}
+
+static void print_help(FILE *out)
+{
+    fprintf(out, "attn %s: attention on CPUs\n\nUsage: attn COMMAND [ARGUMENT...]\n\nCommands:\n", attn_version());
+    for (size_t i = 0; i < COMMAND_COUNT; i++) {
+        fprintf(out, "  %-12s %s\n", commands[i].name, commands[i].line);
+    }
+    fputs("\n'attn COMMAND --help' explains a command, with examples.\n"
+          "ATTN_ISA=scalar|avx2|avx512 in the environment chooses the instruction set, OMP_NUM_THREADS the threads.\n",
+          out);
+}
+
+int main(int argc, char **argv)
+{
+    if (argc < 2) {
+        print_help(stderr);
+        return 2;
+    }
+    if (strcmp(argv[1], "--help") == 0 || strcmp(argv[1], "-h") == 0 || strcmp(argv[1], "help") == 0) {
+        print_help(stdout);
+        return 0;
+    }
+    if (strcmp(argv[1], "--version") == 0) {
+        printf("attn %s\n", attn_version());
+        return 0;
+    }
+    for (size_t i = 0; i < COMMAND_COUNT; i++) {
+        if (strcmp(argv[1], commands[i].name) == 0) {
+            return commands[i].run(argc - 1, argv + 1);
+        }
+    }
+    fprintf(stderr, "attn: there is no command '%s'\n\n", argv[1]);
+    print_help(stderr);
+    return 2;
+}
