@@ -1,0 +1,51 @@
+# A thin front door over Meson and Ninja. `make help` lists the targets.
+BUILD ?= build
+PREFIX ?= /usr/local
+
+.PHONY: help build demo check bench install sanitize fuzz format clean
+
+help:
+	@echo "make demo      a language model answers a question about a long document (MODEL=path DOC=path ASK=text)"
+	@echo "make check     build everything and run all tests"
+	@echo "make build     the library and the attn command, in $(BUILD)/"
+	@echo "make bench     measure this machine and the kernels"
+	@echo "make install   install to PREFIX ($(PREFIX))"
+	@echo "make sanitize  all tests with the address, undefined-behaviour and thread sanitizers"
+	@echo "make fuzz      run the fuzzers for SECONDS each (60)"
+	@echo "make format    clang-format over all C files"
+
+$(BUILD)/build.ninja:
+	@scripts/setup.sh build
+	meson setup $(BUILD) --prefix $(PREFIX) -Dtests=disabled
+
+build: $(BUILD)/build.ninja
+	@ninja -C $(BUILD) --quiet
+
+demo:
+	@scripts/setup.sh demo
+	@$(MAKE) --no-print-directory build
+	@scripts/demo.sh $(BUILD)/cli/attn
+
+check:
+	@scripts/setup.sh check
+	@scripts/check.sh
+
+bench: build
+	@scripts/bench.sh $(BUILD)
+
+install: build
+	meson install -C $(BUILD)
+
+sanitize:
+	@scripts/setup.sh sanitize
+	@scripts/sanitize.sh
+
+fuzz:
+	@scripts/setup.sh sanitize
+	@fuzz/run.sh $(or $(SECONDS),60)
+
+format:
+	@git ls-files '*.c' '*.h' | xargs clang-format -i
+
+clean:
+	rm -rf $(BUILD) build-*
