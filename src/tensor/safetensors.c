@@ -123,6 +123,12 @@ static int by_begin(const void *a, const void *b)
     return (x->end > y->end) - (x->end < y->end);
 }
 
+static int by_name(const void *a, const void *b)
+{
+    return strcmp((*(const struct entry *const *)a)->name, (*(const struct entry *const *)b)->name);
+}
+
+/* No two tensors share a byte or a name. */
 static attn_status check_overlap(const attn_safetensors *file)
 {
     struct entry **order = attn_alloc_array((size_t)file->count + 1, sizeof *order);
@@ -138,6 +144,12 @@ static attn_status check_overlap(const attn_safetensors *file)
         if (order[i]->begin < order[i - 1]->end) {
             status = attn_fail(ATTN_ERR_FORMAT, "safetensors: tensors '%.80s' and '%.80s' overlap", order[i - 1]->name,
                                order[i]->name);
+        }
+    }
+    qsort(order, (size_t)file->count, sizeof *order, by_name);
+    for (int i = 1; i < file->count && status == ATTN_OK; i++) {
+        if (by_name(&order[i - 1], &order[i]) == 0) {
+            status = bad("there are two of that name", order[i]->name);
         }
     }
     attn_free(order);
