@@ -2,6 +2,7 @@
 #ifndef ATTN_ATTN_H
 #define ATTN_ATTN_H
 
+#include <attn/gguf.h>
 #include <attn/memory.h>
 #include <attn/op.h>
 #include <attn/safetensors.h>

@@ -1,0 +1,62 @@
+/* Matrices of quantised (or 16- or 32-bit) weights, and linear layers computed with them. */
+#ifndef ATTN_LLM_QUANT_H
+#define ATTN_LLM_QUANT_H
+
+#include <attn/gguf.h>
+
+#include "core/internal.h"
+#include "kernel/quant.h"
+
+#include <string.h>
+
+/* Parts of blocks that packing needs too (dequantize.c). */
+void attn_quant_k_scale(const unsigned char *packed, int j, int *scale, int *minimum);
+int attn_quant_q6_k_code(const unsigned char *block, int index); /* 0 ... 63 */
+
+/* A matrix of rows x columns in panels (see kernel/quant.h). Zero-initialised: empty. */
+typedef struct attn_quant_matrix {
+    attn_quant_format format;
+    int64_t rows, columns;
+    size_t panel_bytes;
+    unsigned char *data;
+} attn_quant_matrix;
+
+/* Pack the rows x columns weights of a file's tensor of a supported type. source_row (may be NULL: the same) tells which row of
+ * the tensor becomes row `row`. The rows of the result do not depend on threads. ATTN_ERR_UNSUPPORTED, ATTN_ERR_MEMORY. */
+attn_status attn_quant_matrix_pack(attn_quant_matrix *matrix, const attn_gguf_tensor *tensor, int64_t rows,
+                                   int64_t columns, int64_t (*source_row)(const void *user, int64_t row),
+                                   const void *user, int threads);
+void attn_quant_matrix_free(attn_quant_matrix *matrix);
+/* One row in float32, exactly as the format defines it. */
+void attn_quant_matrix_row(const attn_quant_matrix *matrix, int64_t row, float *out);
+
+/* Activations of `tokens` rows, quantised; memory from an arena. */
+typedef struct attn_quant_input {
+    int64_t tokens, columns, units;
+    const float *x;
+    int8_t *q;
+    float *scale, *sum;
+    int32_t *minus;
+} attn_quant_input;
+
+/* Room for `tokens` rows of `columns` numbers; ATTN_ERR_MEMORY. */
+attn_status attn_quant_input_make(attn_quant_input *input, attn_arena *arena, int64_t tokens, int64_t columns);
+/* Quantise rows begin ... end - 1 of x [tokens][columns], which stays in use. Columns that are no multiple of 32 are left out
+ * (float formats alone can use them). */
+void attn_quant_input_rows(attn_quant_input *input, const float *x, int64_t begin, int64_t end);
+
+/* out [tokens][rows] (row stride `stride`) = input * matrix^T */
+typedef struct attn_quant_product {
+    const attn_quant_matrix *matrix;
+    float *out;
+    int64_t stride;
+} attn_quant_product;
+
+/* Bytes of scratch memory that each thread needs for products of matrices with that many columns. */
+size_t attn_quant_scratch_bytes(int64_t columns);
+/* The share of thread `thread` of `threads` of several products with the same input. scratch: that thread's own memory,
+ * 64-byte aligned. Call it from each thread of a parallel region; results do not depend on their number. */
+void attn_quant_multiply(const attn_quant_input *input, int64_t first_token, int64_t tokens,
+                         const attn_quant_product *products, int count, void *scratch, int thread, int threads);
+
+#endif
