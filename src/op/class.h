@@ -50,12 +50,20 @@ typedef struct attn_floats {
 #define ATTN_P_CHOICE(name_, S, F, standard_, choices_, help_)                                                         \
     {.name = name_, .type = ATTN_PARAM_CHOICE, .standard = standard_, .choices = choices_, .help = help_,              \
      .offset = offsetof(S, F)}
+/* A float strictly above min_ (min_open_ 1) or below max_ (max_open_ 1). */
+#define ATTN_P_FLOAT_OPEN(name_, S, F, standard_, min_, min_open_, max_, max_open_, help_)                             \
+    {.name = name_, .type = ATTN_PARAM_FLOAT, .standard = standard_, .min = min_, .max = max_, .min_open = min_open_,  \
+     .max_open = max_open_, .help = help_, .offset = offsetof(S, F)}
 /* A list: type_ is INTS, FLOATS or BOOLS. */
 #define ATTN_P_LIST(type_, name_, S, F, standard_, min_, max_, min_items_, max_items_, help_)                          \
     {.name = name_, .type = ATTN_PARAM_##type_, .standard = standard_, .min = min_, .max = max_,                       \
      .min_items = min_items_, .max_items = max_items_, .help = help_, .offset = offsetof(S, F)}
 /* The entry every softmax mechanism has. */
 #define ATTN_P_SCALE(S, F) ATTN_P_FLOAT_AUTO("scale", S, F, "1/sqrt(D)", -INFINITY, INFINITY, "multiplies q.k")
+/* The same for mechanisms that need it positive. */
+#define ATTN_P_SCALE_POSITIVE(S, F)                                                                                    \
+    {.name = "scale", .type = ATTN_PARAM_FLOAT, .standard = "null", .standard_text = "1/sqrt(D)", .min = 0,            \
+     .min_open = 1, .max = INFINITY, .help = "multiplies q.k", .offset = offsetof(S, F)}
 
 /* Entries of a port table. */
 #define ATTN_IN(name_, shape_, type_, flags_, help_)                                                                   \
