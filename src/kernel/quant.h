@@ -9,7 +9,7 @@
  *     Q4_1    per unit f16 d[16], m[16]                             nibbles
  *     Q5_0    per unit f16 d[16]                                    u8 high[16][4], nibbles
  *     Q5_1    per unit f16 d[16], m[16]                             high, nibbles
- *     Q8_0    per unit f16 d[16]                                    i8 codes[8][16][4]
+ *     Q8_0    per unit f16 d[16]                                    u8 (code + 128)[8][16][4]
  *     Q4_K    per 8 units f16 d[16], dmin[16]; u8 packed[12][16]    nibbles
  *     Q5_K    the same                                              high, nibbles
  *     Q6_K    per 8 units f16 d[16]; i8 s[16][16]                   u8 high[2][16][4], nibbles
@@ -18,7 +18,8 @@
  * the high half-bytes; bit s of `high` (Q5) is the fifth bit of step s; bits 2t, 2t + 1 of high[h] (Q6) are the upper
  * bits of step 4h + t. F32, F16 and BF16 panels are plain [columns][16], and have no units.
  *
- * Activations are quantised per unit: x = scale * q with q in -127 ... 127.
+ * Activations are quantised per unit: x = scale * q with q in -127 ... 127. They come in groups of up to ATTN_QUANT_GROUP
+ * tokens; a group of T tokens is attn_quant_x[units][T].
  */
 #ifndef ATTN_KERNEL_QUANT_H
 #define ATTN_KERNEL_QUANT_H
@@ -28,9 +29,9 @@
 #include <stddef.h>
 #include <stdint.h>
 
-#define ATTN_QUANT_ROWS 16        /* rows of a panel */
-#define ATTN_QUANT_UNIT 32        /* columns of a unit */
-#define ATTN_QUANT_TILE_PANELS 2  /* panels that a tile takes together */
+#define ATTN_QUANT_ROWS 16 /* rows of a panel */
+#define ATTN_QUANT_UNIT 32 /* columns of a unit */
+#define ATTN_QUANT_GROUP 6 /* tokens of a group */
 
 typedef enum attn_quant_format {
     ATTN_QUANT_F32,
@@ -47,36 +48,36 @@ typedef enum attn_quant_format {
     ATTN_QUANT_FORMATS
 } attn_quant_format;
 
-/* One token's activations. The float formats use x, the others the rest. */
-typedef struct attn_quant_row {
-    const float *x;
-    const int8_t *q;      /* [columns] */
-    const float *scale;   /* [units] */
-    const float *sum;     /* [units] scale * (sum of q), for formats with a minimum */
-    const int32_t *minus; /* [units][2] -(sum of q) of each half of a unit, for formats with an offset */
-} attn_quant_row;
+/* One unit of one token's activations. */
+typedef struct attn_quant_x {
+    int8_t q[ATTN_QUANT_UNIT];
+    float scale;
+    float sum;        /* scale * (sum of q), for formats with a minimum */
+    int32_t minus[2]; /* -(sum of q) of each half, for formats with an offset */
+} attn_quant_x;
 
 /* A panel unpacked for a matrix product with many tokens. */
 typedef struct attn_quant_panel {
-    uint8_t *codes; /* [columns / 4][16][4]; Q8_0: code + 128 */
-    float *scale;   /* [units][16]; Q6_K: [units][2][16] */
-    float *minimum; /* [units][16], for formats with a minimum */
+    const uint8_t *codes; /* [units][8][16][4] */
+    const float *scale;   /* [units][16]; Q6_K: [units][2][16] */
+    const float *minimum; /* [units][16], for formats with a minimum */
 } attn_quant_panel;
 
 typedef struct attn_quant_kernels {
-    int tile_tokens; /* tokens that a tile takes together, at most */
-    /* units * 32 numbers; sum and minus as in attn_quant_row. */
-    void (*quantize)(const float *x, int64_t units, int8_t *q, float *scale, float *sum, int32_t *minus);
-    /* out[16] = panel * row; `columns` is a multiple of 32 but for the float formats. */
-    void (*vector[ATTN_QUANT_FORMATS])(const void *panel, int64_t columns, const attn_quant_row *row, float *out);
-    /* Quantised formats only. */
-    void (*unpack[ATTN_QUANT_FORMATS])(const void *panel, int64_t units, const attn_quant_panel *to);
-    /* out[token][0 ... 31] = two panels * rows, for 1 ... tile_tokens tokens whose outputs lie `stride` apart. */
-    void (*tile[ATTN_QUANT_FORMATS])(const attn_quant_panel panels[2], int64_t units, const attn_quant_row *rows,
-                                     int tokens, float *out, int64_t stride);
-    /* The same for the float formats, from the packed panels. */
-    void (*float_tile[ATTN_QUANT_FORMATS])(const void *const panels[2], int64_t columns, const attn_quant_row *rows,
-                                           int tokens, float *out, int64_t stride);
+    /* x [units * 32] to x_out[0], x_out[stride], ... */
+    void (*quantize)(const float *x, int64_t units, attn_quant_x *out, int64_t stride);
+    /* out[16] = panel * one token of a group of `stride` tokens. NULL for the float formats. */
+    void (*vector[ATTN_QUANT_FORMATS])(const void *panel, int64_t units, const attn_quant_x *x, int64_t stride,
+                                       float *out);
+    /* memory: room for attn_quant_unpacked_bytes(). NULL for the float formats. */
+    void (*unpack[ATTN_QUANT_FORMATS])(const void *panel, int64_t units, void *memory, attn_quant_panel *to);
+    /* out[token][0 ... 31] = two panels * a group of `tokens` tokens; rows of out lie `stride` apart. */
+    void (*tile[ATTN_QUANT_FORMATS])(const attn_quant_panel panels[2], int64_t units, const attn_quant_x *x, int tokens,
+                                     float *out, int64_t stride);
+    /* The same with float weights and plain activations x[token][columns]; panels of [columns][16] numbers lie
+     * one after the other. NULL for the quantised formats. */
+    void (*float_tile[ATTN_QUANT_FORMATS])(const void *panels, int64_t columns, const float *x, int tokens, float *out,
+                                           int64_t stride);
 } attn_quant_kernels;
 
 ATTN_KERNEL_DOT_TABLES(attn_quant_kernels, attn_quant_kernels_table);
@@ -99,6 +100,18 @@ static inline size_t attn_quant_code_bytes(attn_quant_format format)
         [ATTN_QUANT_Q8_0] = 512, [ATTN_QUANT_Q4_K] = 256, [ATTN_QUANT_Q5_K] = 320, [ATTN_QUANT_Q6_K] = 384,
     };
     return bytes[format];
+}
+
+/* Bytes of a panel of a quantised format. */
+static inline size_t attn_quant_panel_bytes(attn_quant_format format, int64_t units)
+{
+    return attn_quant_scale_bytes(format, units) + (size_t)units * attn_quant_code_bytes(format);
+}
+
+/* Bytes that unpacking a panel takes at most: codes, and two floats per unit and row. */
+static inline size_t attn_quant_unpacked_bytes(int64_t units)
+{
+    return (size_t)units * ATTN_QUANT_ROWS * (ATTN_QUANT_UNIT + 2 * sizeof(float));
 }
 
 #endif

@@ -30,33 +30,30 @@ void attn_quant_matrix_free(attn_quant_matrix *matrix);
 /* One row in float32, exactly as the format defines it. */
 void attn_quant_matrix_row(const attn_quant_matrix *matrix, int64_t row, float *out);
 
-/* Activations of `tokens` rows, quantised; memory from an arena. */
+/* Rows of activations [tokens][columns], quantised for the formats that want it. */
 typedef struct attn_quant_input {
-    int64_t tokens, columns, units;
+    int64_t tokens, columns, units; /* units: columns / 32 */
     const float *x;
-    int8_t *q;
-    float *scale, *sum;
-    int32_t *minus;
+    attn_quant_x *q; /* groups of 6 tokens, and a rest, as in kernel/quant.h */
 } attn_quant_input;
 
 /* Room for `tokens` rows of `columns` numbers; ATTN_ERR_MEMORY. */
 attn_status attn_quant_input_make(attn_quant_input *input, attn_arena *arena, int64_t tokens, int64_t columns);
-/* Quantise rows begin ... end - 1 of x [tokens][columns], which stays in use. Columns that are no multiple of 32 are left out
- * (float formats alone can use them). */
-void attn_quant_input_rows(attn_quant_input *input, const float *x, int64_t begin, int64_t end);
+/* Quantise one row of x. */
+void attn_quant_input_row(const attn_quant_input *input, int64_t row);
 
-/* out [tokens][rows] (row stride `stride`) = input * matrix^T */
+/* out [tokens][rows] (rows of out lie `stride` apart) = input * matrix^T */
 typedef struct attn_quant_product {
     const attn_quant_matrix *matrix;
     float *out;
     int64_t stride;
 } attn_quant_product;
 
-/* Bytes of scratch memory that each thread needs for products of matrices with that many columns. */
+/* Bytes of scratch memory that a thread needs to multiply matrices of at most that many columns. */
 size_t attn_quant_scratch_bytes(int64_t columns);
 /* The share of thread `thread` of `threads` of several products with the same input. scratch: that thread's own memory,
  * 64-byte aligned. Call it from each thread of a parallel region; results do not depend on their number. */
-void attn_quant_multiply(const attn_quant_input *input, int64_t first_token, int64_t tokens,
-                         const attn_quant_product *products, int count, void *scratch, int thread, int threads);
+void attn_quant_multiply(const attn_quant_input *input, const attn_quant_product *products, int count, void *scratch,
+                         int thread, int threads);
 
 #endif
