@@ -4,7 +4,12 @@
 #include <string.h>
 
 /* In alphabetical order of the names; '.' comes before letters and '_' (tests/test_op.c checks). */
-#define MECHANISMS(X)
+#define MECHANISMS(X)              \
+    X(disendiff)                   \
+    X(disendiff_attention)         \
+    X(disendiff_embed)             \
+    X(disendiff_recon)             \
+    X(disendiff_train)
 
 #define DECLARE(name) extern const attn_op_class attn_op_##name;
 MECHANISMS(DECLARE)
