@@ -1,0 +1,528 @@
+#include <attn/op.h>
+#include <attn/policy.h>
+
+#include "core/internal.h"
+
+#include <cjson/cJSON.h>
+#include <math.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+enum { PROMPT, GENERATION, PHASES };
+
+static const char *const phase_names[PHASES] = {"prompt", "generation"};
+
+/* A mechanism that some heads use. `op` is made on first use, when the model's scale of the scores is known. */
+typedef struct mechanism {
+    char *spec;
+    attn_op *op;
+    int64_t sinks, recent; /* of `streaming`; recent 0 for all others */
+    int exact;
+} mechanism;
+
+/* One layer: the mechanism of each query head, and whether generation has begun. */
+typedef struct layer_policy {
+    attn_policy *policy;
+    int *used[PHASES]; /* [heads], index into mechanisms */
+    int generating;
+} layer_policy;
+
+struct attn_policy {
+    const attn_model *model;
+    int64_t layers, heads, kv_heads;
+    mechanism *mechanisms;
+    int mechanism_count;
+    layer_policy *layer;
+    int *used; /* [layers][PHASES][heads] */
+    int counting;
+    attn_policy_stats stats;
+    attn_context *context;
+};
+
+/* ---- Mechanisms ---- */
+
+static int has_port(const attn_op_info *info, attn_port_direction direction, const char *name)
+{
+    for (int i = 0; i < info->port_count; i++) {
+        if (info->ports[i].direction == direction && strcmp(info->ports[i].name, name) == 0) {
+            return 1;
+        }
+    }
+    return 0;
+}
+
+static int has_param(const attn_op_info *info, const char *name)
+{
+    for (int i = 0; i < info->param_count; i++) {
+        if (strcmp(info->params[i].name, name) == 0) {
+            return 1;
+        }
+    }
+    return 0;
+}
+
+/* Whether the mechanism maps q, k, v and nothing else that it needs to o. */
+static attn_status check_ports(const attn_op_info *info)
+{
+    int fits = has_port(info, ATTN_PORT_OUT, "o");
+    for (int i = 0; i < info->port_count; i++) {
+        const attn_port_info *port = &info->ports[i];
+        if (port->direction == ATTN_PORT_IN && (port->flags & ATTN_PORT_OPTIONAL) == 0) {
+            fits = fits && (strcmp(port->name, "q") == 0 || strcmp(port->name, "k") == 0 || strcmp(port->name, "v") == 0);
+        }
+    }
+    if (!fits || !has_port(info, ATTN_PORT_IN, "q") || !has_port(info, ATTN_PORT_IN, "k")) {
+        return attn_fail(ATTN_ERR_ARGUMENT, "mechanism %s does not compute o from q, k and v alone, as a language model needs",
+                         info->name);
+    }
+    return ATTN_OK;
+}
+
+/* The value of a whole-number parameter as written in a SPEC, or its default. */
+static int64_t spec_number(const char *spec, const char *key, int64_t standard)
+{
+    size_t length = strlen(key);
+    for (const char *p = strchr(spec, ':'); p != NULL; p = strchr(p + 1, ',')) {
+        if (strncmp(p + 1, key, length) == 0 && p[1 + length] == '=') {
+            return strtoll(p + 2 + length, NULL, 10);
+        }
+    }
+    return standard;
+}
+
+static int is_name(const char *spec, const char *name)
+{
+    size_t length = strlen(name);
+    return strncmp(spec, name, length) == 0 && (spec[length] == '\0' || spec[length] == ':');
+}
+
+/* Index of a SPEC's mechanism, added when it is new. */
+static attn_status add_mechanism(attn_policy *policy, const char *spec, int *index)
+{
+    for (int i = 0; i < policy->mechanism_count; i++) {
+        if (strcmp(policy->mechanisms[i].spec, spec) == 0) {
+            *index = i;
+            return ATTN_OK;
+        }
+    }
+    attn_op *op;
+    ATTN_TRY(attn_op_create(&op, spec));
+    attn_status status = check_ports(attn_op_get_info(op));
+    attn_op_destroy(op);
+    ATTN_TRY(status);
+    size_t bytes = (size_t)policy->mechanism_count * sizeof(mechanism);
+    mechanism *grown = attn_realloc(policy->mechanisms, bytes, bytes + sizeof(mechanism));
+    if (grown == NULL) {
+        return attn_fail_memory(bytes + sizeof(mechanism));
+    }
+    policy->mechanisms = grown;
+    mechanism *made = &grown[policy->mechanism_count];
+    *made = (mechanism){.spec = attn_strdup(spec), .exact = strcmp(spec, "dense") == 0};
+    if (made->spec == NULL) {
+        return attn_fail_memory(strlen(spec) + 1);
+    }
+    if (is_name(spec, "streaming")) {
+        made->sinks = spec_number(spec, "sinks", 4);
+        made->recent = spec_number(spec, "recent", 1024);
+    }
+    *index = policy->mechanism_count++;
+    return ATTN_OK;
+}
+
+/* The operator with the model's scale and causality, unless the SPEC gives its own. */
+static attn_status make_op(mechanism *m, double scale)
+{
+    attn_op *plain;
+    ATTN_TRY(attn_op_create(&plain, m->spec));
+    const attn_op_info *info = attn_op_get_info(plain);
+    size_t bytes = strlen(m->spec) + 80;
+    char *full = attn_alloc(bytes);
+    if (full == NULL) {
+        attn_op_destroy(plain);
+        return attn_fail_memory(bytes);
+    }
+    int used = snprintf(full, bytes, "%s", m->spec);
+    const char *join = strchr(m->spec, ':') != NULL ? "," : ":";
+    if (has_param(info, "scale") && strstr(m->spec, "scale=") == NULL) {
+        used += snprintf(full + used, bytes - (size_t)used, "%sscale=%.17g", join, scale);
+        join = ",";
+    }
+    if (has_param(info, "causal") && strstr(m->spec, "causal=") == NULL) {
+        snprintf(full + used, bytes - (size_t)used, "%scausal=true", join);
+    }
+    attn_op_destroy(plain);
+    attn_status status = attn_op_create(&m->op, full);
+    attn_free(full);
+    return status;
+}
+
+/* ---- Making policies ---- */
+
+static attn_status policy_begin(attn_policy **policy, const attn_model *model)
+{
+    *policy = NULL;
+    const attn_model_info *info = attn_model_get_info(model);
+    attn_policy *made = attn_calloc_array(1, sizeof *made);
+    if (made == NULL) {
+        return attn_fail_memory(sizeof *made);
+    }
+    made->model = model;
+    made->layers = info->layers;
+    made->heads = info->heads;
+    made->kv_heads = info->kv_heads;
+    made->layer = attn_calloc_array((size_t)info->layers, sizeof *made->layer);
+    made->used = attn_calloc_array((size_t)(info->layers * PHASES * info->heads), sizeof *made->used);
+    if (made->layer == NULL || made->used == NULL) {
+        attn_policy_destroy(made);
+        return attn_fail_memory((size_t)(info->layers * info->heads) * sizeof *made->used);
+    }
+    for (int64_t l = 0; l < info->layers; l++) {
+        made->layer[l].policy = made;
+        for (int phase = 0; phase < PHASES; phase++) {
+            made->layer[l].used[phase] = made->used + (l * PHASES + phase) * info->heads;
+        }
+    }
+    *policy = made;
+    return ATTN_OK;
+}
+
+static attn_status set_all(attn_policy *policy, int phase, const char *spec)
+{
+    int index;
+    ATTN_TRY(add_mechanism(policy, spec != NULL ? spec : "dense", &index));
+    for (int64_t l = 0; l < policy->layers; l++) {
+        for (int64_t h = 0; h < policy->heads; h++) {
+            policy->layer[l].used[phase][h] = index;
+        }
+    }
+    return ATTN_OK;
+}
+
+static attn_status finish(attn_policy **policy, attn_status status)
+{
+    if (status != ATTN_OK) {
+        attn_policy_destroy(*policy);
+        *policy = NULL;
+    }
+    return status;
+}
+
+attn_status attn_policy_create(attn_policy **policy, const attn_model *model, const char *prompt, const char *generation)
+{
+    ATTN_TRY(policy_begin(policy, model));
+    attn_status status = set_all(*policy, PROMPT, prompt);
+    if (status == ATTN_OK) {
+        status = set_all(*policy, GENERATION, generation);
+    }
+    return finish(policy, status);
+}
+
+/* Whether a list (NULL: all) names a number; numbers outside 0 ... limit-1 are an error that the caller has checked. */
+static int listed(const cJSON *list, int64_t number)
+{
+    const cJSON *item;
+    if (list == NULL) {
+        return 1;
+    }
+    cJSON_ArrayForEach(item, list)
+    {
+        if (item->valuedouble == (double)number) {
+            return 1;
+        }
+    }
+    return 0;
+}
+
+static attn_status check_list(const cJSON *list, const char *name, int64_t limit)
+{
+    const cJSON *item;
+    if (list != NULL && !cJSON_IsArray(list)) {
+        return attn_fail(ATTN_ERR_FORMAT, "policy: %s must be a list of whole numbers", name);
+    }
+    cJSON_ArrayForEach(item, list)
+    {
+        if (!cJSON_IsNumber(item) || item->valuedouble < 0 || item->valuedouble >= (double)limit ||
+            item->valuedouble != floor(item->valuedouble)) {
+            return attn_fail(ATTN_ERR_FORMAT, "policy: %s must hold whole numbers in 0 ... %lld", name, (long long)(limit - 1));
+        }
+    }
+    return ATTN_OK;
+}
+
+static attn_status spec_of(const cJSON *object, int phase, const char **spec)
+{
+    const cJSON *item = cJSON_GetObjectItemCaseSensitive(object, phase_names[phase]);
+    if (item != NULL && !cJSON_IsString(item)) {
+        return attn_fail(ATTN_ERR_FORMAT, "policy: %s must be a SPEC in quotes", phase_names[phase]);
+    }
+    *spec = item != NULL ? item->valuestring : NULL;
+    return ATTN_OK;
+}
+
+static attn_status check_keys(const cJSON *object, int is_entry)
+{
+    const cJSON *item;
+    cJSON_ArrayForEach(item, object)
+    {
+        if (strcmp(item->string, "prompt") != 0 && strcmp(item->string, "generation") != 0 && strcmp(item->string, "layers") != 0 &&
+            !(is_entry && strcmp(item->string, "heads") == 0)) {
+            return attn_fail(ATTN_ERR_FORMAT, "policy: unknown key '%.60s' (%s)", item->string,
+                             is_entry ? "layers, heads, prompt, generation" : "prompt, generation, layers");
+        }
+    }
+    return ATTN_OK;
+}
+
+static attn_status read_entry(attn_policy *policy, const cJSON *entry)
+{
+    if (!cJSON_IsObject(entry)) {
+        return attn_fail(ATTN_ERR_FORMAT, "policy: entries of layers must be objects");
+    }
+    const cJSON *layers = cJSON_GetObjectItemCaseSensitive(entry, "layers");
+    const cJSON *heads = cJSON_GetObjectItemCaseSensitive(entry, "heads");
+    ATTN_TRY(check_keys(entry, 1));
+    ATTN_TRY(check_list(layers, "layers", policy->layers));
+    ATTN_TRY(check_list(heads, "heads", policy->heads));
+    for (int phase = 0; phase < PHASES; phase++) {
+        const char *spec;
+        int index;
+        ATTN_TRY(spec_of(entry, phase, &spec));
+        if (spec == NULL) {
+            continue;
+        }
+        ATTN_TRY(add_mechanism(policy, spec, &index));
+        for (int64_t l = 0; l < policy->layers; l++) {
+            for (int64_t h = 0; h < policy->heads; h++) {
+                if (listed(layers, l) && listed(heads, h)) {
+                    policy->layer[l].used[phase][h] = index;
+                }
+            }
+        }
+    }
+    return ATTN_OK;
+}
+
+static attn_status read_policy(attn_policy *policy, const cJSON *root)
+{
+    if (!cJSON_IsObject(root)) {
+        return attn_fail(ATTN_ERR_FORMAT, "policy: not a JSON object");
+    }
+    ATTN_TRY(check_keys(root, 0));
+    for (int phase = 0; phase < PHASES; phase++) {
+        const char *spec;
+        ATTN_TRY(spec_of(root, phase, &spec));
+        ATTN_TRY(set_all(policy, phase, spec));
+    }
+    const cJSON *entries = cJSON_GetObjectItemCaseSensitive(root, "layers"), *entry;
+    if (entries != NULL && !cJSON_IsArray(entries)) {
+        return attn_fail(ATTN_ERR_FORMAT, "policy: layers must be a list");
+    }
+    cJSON_ArrayForEach(entry, entries)
+    {
+        ATTN_TRY(read_entry(policy, entry));
+    }
+    return ATTN_OK;
+}
+
+#define FILE_LIMIT (1 << 20)
+
+attn_status attn_policy_load(attn_policy **policy, const attn_model *model, const char *path)
+{
+    *policy = NULL;
+    FILE *file = fopen(path, "rb");
+    char *text = attn_alloc(FILE_LIMIT);
+    if (file == NULL || text == NULL) {
+        attn_status status = file == NULL ? attn_fail(ATTN_ERR_IO, "cannot open policy '%s'", path) : attn_fail_memory(FILE_LIMIT);
+        if (file != NULL) {
+            fclose(file);
+        }
+        attn_free(text);
+        return status;
+    }
+    size_t bytes = fread(text, 1, FILE_LIMIT, file);
+    fclose(file);
+    cJSON *root = cJSON_ParseWithLength(text, bytes);
+    attn_free(text);
+    attn_status status = policy_begin(policy, model);
+    if (status == ATTN_OK) {
+        status = finish(policy, read_policy(*policy, root));
+    }
+    cJSON_Delete(root);
+    return status == ATTN_OK ? status : attn_fail(status, "'%s': %s", path, attn_last_error());
+}
+
+void attn_policy_destroy(attn_policy *policy)
+{
+    if (policy == NULL) {
+        return;
+    }
+    for (int i = 0; i < policy->mechanism_count; i++) {
+        attn_op_destroy(policy->mechanisms[i].op);
+        attn_free(policy->mechanisms[i].spec);
+    }
+    attn_free(policy->mechanisms);
+    attn_free(policy->layer);
+    attn_free(policy->used);
+    attn_free(policy);
+}
+
+/* ---- Running ---- */
+
+/* Heads begin ... begin+count-1 of a [heads, rows, D] view as [1, count, rows, D], rows cut to `rows`. */
+static attn_tensor head_range(const attn_tensor *all, int64_t begin, int64_t count, int64_t first_row, int64_t rows)
+{
+    attn_tensor view = {.dtype = all->dtype, .ndim = 4};
+    int64_t offset = begin * all->stride[0] + first_row * all->stride[1];
+    view.data = (char *)all->data + offset * (int64_t)attn_dtype_size(all->dtype);
+    view.shape[0] = 1, view.stride[0] = 0;
+    view.shape[1] = count, view.stride[1] = all->stride[0];
+    view.shape[2] = rows, view.stride[2] = all->stride[1];
+    view.shape[3] = all->shape[2], view.stride[3] = all->stride[2];
+    return view;
+}
+
+/* Query heads h ... h+count-1, which share one mechanism and read whole key heads or a part of one. */
+static attn_status run_heads(attn_policy *policy, const attn_llm_call *call, mechanism *m, int64_t h, int64_t count, int phase)
+{
+    int64_t group = policy->heads / policy->kv_heads, kv = h / group, kv_count = attn_ceil_div(count, group);
+    int64_t n = call->q.shape[1], keys = call->key_counts[kv];
+    double exact = 0;
+    for (int64_t i = kv; i < kv + kv_count && policy->counting; i++) {
+        double all = (double)(call->position + n); /* what exact attention would hold */
+        exact += ((double)n * all - (double)n * (double)(n - 1) / 2) * (double)(count / kv_count);
+    }
+    double pairs = exact;
+    if (m->exact && count == kv_count * group) {
+        ATTN_TRY(attn_llm_exact(call, kv, kv + kv_count));
+    } else {
+        if (call->softcap != 0) {
+            return attn_fail(ATTN_ERR_UNSUPPORTED, "%s cannot replace attention with soft-capped scores", m->spec);
+        }
+        if (call->k.dtype == ATTN_I8) {
+            return attn_fail(ATTN_ERR_UNSUPPORTED, "%s needs a cache in f32, f16 or bf16", m->spec);
+        }
+        if (m->op == NULL) {
+            ATTN_TRY(make_op(m, call->scale));
+        }
+        attn_named_tensor in[] = {{"q", head_range(&call->q, h, count, 0, n)},
+                                  {"k", head_range(&call->k, kv, kv_count, 0, keys)},
+                                  {"v", head_range(&call->v, kv, kv_count, 0, keys)}};
+        attn_named_tensor out = {"o", head_range(&call->o, h, count, 0, n)};
+        ATTN_TRY(attn_op_forward(m->op, in, 3, &out, 1, &call->exec));
+        attn_cost cost;
+        if (policy->counting && attn_op_cost(m->op, in, 3, &cost) == ATTN_OK) {
+            pairs = cost.pairs;
+        }
+    }
+    double *done = phase == PROMPT ? &policy->stats.prompt_pairs : &policy->stats.generation_pairs;
+    double *full = phase == PROMPT ? &policy->stats.prompt_exact_pairs : &policy->stats.generation_exact_pairs;
+    *done += pairs;
+    *full += exact;
+    return ATTN_OK;
+}
+
+/* Runs of heads that can go together: the same mechanism, whole groups with equally many keys, or part of one group. */
+static attn_status run_layer(layer_policy *layer, const attn_llm_call *call, int phase)
+{
+    attn_policy *policy = layer->policy;
+    int64_t group = policy->heads / policy->kv_heads;
+    const int *used = layer->used[phase];
+    for (int64_t h = 0, next; h < policy->heads; h = next) {
+        int64_t end = (h / group + 1) * group; /* of this group */
+        next = h + 1;
+        while (next < end && used[next] == used[h]) {
+            next++;
+        }
+        int whole = h % group == 0 && next == end;
+        while (whole && next < policy->heads && call->key_counts[next / group] == call->key_counts[h / group]) {
+            int same = 1;
+            for (int64_t i = next; i < next + group; i++) {
+                same &= used[i] == used[h];
+            }
+            if (!same) {
+                break;
+            }
+            next += group;
+        }
+        ATTN_TRY(run_heads(policy, call, &policy->mechanisms[used[h]], h, next - h, phase));
+    }
+    return ATTN_OK;
+}
+
+static attn_status on_prefill(void *user, const attn_llm_call *call)
+{
+    layer_policy *layer = user;
+    if (call->position == 0) {
+        layer->generating = 0;
+    }
+    return run_layer(layer, call, PROMPT);
+}
+
+static attn_status on_decode(void *user, const attn_llm_call *call)
+{
+    layer_policy *layer = user;
+    layer->generating = 1;
+    return run_layer(layer, call, GENERATION);
+}
+
+/* Sinks and recent keys that a key head must hold for all its query heads; recent 0: all keys. */
+static void needed_keys(const layer_policy *layer, int64_t kv, int64_t *sinks, int64_t *recent)
+{
+    const attn_policy *policy = layer->policy;
+    int64_t group = policy->heads / policy->kv_heads;
+    *sinks = *recent = 0;
+    for (int64_t h = kv * group; h < (kv + 1) * group; h++) {
+        for (int phase = layer->generating ? GENERATION : PROMPT; phase < PHASES; phase++) {
+            const mechanism *m = &policy->mechanisms[layer->used[phase][h]];
+            if (m->recent == 0) {
+                *recent = 0;
+                return;
+            }
+            *sinks = attn_max_i64(*sinks, m->sinks);
+            *recent = attn_max_i64(*recent, m->recent);
+        }
+    }
+}
+
+static attn_status on_update(void *user, attn_context *context, int sequence, int index)
+{
+    layer_policy *layer = user;
+    for (int64_t kv = 0; kv < layer->policy->kv_heads; kv++) {
+        int64_t sinks, recent, keys = attn_context_keys(context, sequence, index, kv);
+        needed_keys(layer, kv, &sinks, &recent);
+        /* Some slack, so that keys move only now and then; the mechanism masks what it does not see. */
+        if (recent == 0 || keys <= sinks + recent + attn_max_i64(64, recent / 8)) {
+            continue;
+        }
+        int64_t *kept = attn_alloc_array((size_t)(sinks + recent), sizeof *kept);
+        if (kept == NULL) {
+            return attn_fail_memory((size_t)(sinks + recent) * sizeof *kept);
+        }
+        for (int64_t i = 0; i < sinks + recent; i++) {
+            kept[i] = i < sinks ? i : keys - recent + (i - sinks);
+        }
+        attn_status status = attn_context_keep(context, sequence, index, kv, kept, sinks + recent);
+        attn_free(kept);
+        ATTN_TRY(status);
+    }
+    return ATTN_OK;
+}
+
+attn_status attn_policy_use(attn_policy *policy, attn_context *context)
+{
+    if (policy == NULL) {
+        return attn_context_set_attention(context, -1, NULL);
+    }
+    for (int64_t l = 0; l < policy->layers; l++) {
+        attn_llm_attention attention = {on_prefill, on_decode, on_update, &policy->layer[l]};
+        int windowed = attn_model_window(policy->model, (int)l) > 0;
+        ATTN_TRY(attn_context_set_attention(context, (int)l, windowed ? NULL : &attention));
+        policy->layer[l].generating = 0;
+    }
+    return ATTN_OK;
+}
+
+void attn_policy_count(attn_policy *policy, int on) { policy->counting = on; }
+
+attn_policy_stats attn_policy_get_stats(const attn_policy *policy) { return policy->stats; }
