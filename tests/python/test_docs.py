@@ -1,0 +1,25 @@
+"""The examples of docs/python.md, as they stand there."""
+
+import doctest
+import re
+
+import pytest
+from conftest import ROOT, optional
+
+TEXT = (ROOT / "docs" / "python.md").read_text()
+
+
+def test_examples():
+    skipped, text = [], TEXT
+    for needs, block in re.findall(r"<!-- needs: ([\w, ]+) -->\n```python\n(.*?)```", TEXT, re.DOTALL):
+        if any(optional(name) is None for name in needs.split(", ")):
+            text = text.replace(block, "")
+            skipped.append(needs)
+    text = text.replace("```", "\n")
+    test = doctest.DocTestParser().get_doctest(text, {}, "python.md", "docs/python.md", 0)
+    report = []
+    result = doctest.DocTestRunner(optionflags=doctest.ELLIPSIS).run(test, out=report.append)
+    assert result.failed == 0, "".join(report)
+    assert result.attempted > 10
+    if skipped:
+        pytest.skip(f"all passed but those that need {', '.join(skipped)}")

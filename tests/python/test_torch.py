@@ -1,0 +1,165 @@
+"""The PyTorch operators: registration, gradients, compilation, and PyTorch's own attention function."""
+
+import numpy as np
+import pytest
+from conftest import cases, needs_torch, torch
+
+import attn
+
+pytestmark = needs_torch
+
+
+def tensors(case):
+    """The case's inputs in the operator's order, leaves where there is a gradient."""
+    made = []
+    for p in case.mechanism.arguments:
+        array = case.inputs.get(p.identifier)
+        tensor = None if array is None else torch.from_numpy(array.copy())
+        if p.differentiable and tensor is not None and case.mechanism.differentiable:
+            tensor.requires_grad_()
+        made.append(tensor)
+    return made
+
+
+def smallest(condition):
+    """One case per mechanism, the one with the least input."""
+    mark = cases(condition)
+    name, found = mark.args
+    best = {}
+    for case in found:
+        size = sum(a.size for a in case.inputs.values())
+        if case.name not in best or size < best[case.name][0]:
+            best[case.name] = (size, case)
+    return pytest.mark.parametrize(name, [case for _, case in best.values()], ids=lambda c: c.name)
+
+
+@smallest(lambda c: c.mechanism.differentiable)
+def test_opcheck(case):
+    torch.library.opcheck(attn.torch._OPERATORS[case.name], tuple(tensors(case)), case.params)
+
+
+@smallest(lambda c: not c.mechanism.differentiable)
+def test_opcheck_without_gradients(case):
+    torch.library.opcheck(attn.torch._OPERATORS[case.name], tuple(tensors(case)), case.params,
+                          test_utils=("test_schema", "test_faketensor"))
+
+
+# Their gradients leave out, as their papers say, what differences see: frozen rows, maps that serve as targets.
+STOPPED = ("disendiff", "disendiff.attention", "disendiff.embed", "disendiff.train")
+
+
+@smallest(lambda c: c.expected_grads and c.name not in STOPPED)
+def test_gradient_against_differences(case):
+    """The derivative along a random direction of all inputs, by central differences in float32."""
+    torch.manual_seed(1)
+    inputs = tensors(case)
+    operator = attn.torch._OPERATORS[case.name]
+    weights = None
+
+    def loss(arguments):
+        nonlocal weights
+        made = operator(*arguments, **case.params)
+        made = (made,) if isinstance(made, torch.Tensor) else made
+        chosen = [m.double() for m, p in zip(made, case.mechanism.outputs) if p.differentiable and p.name in case.grads]
+        weights = weights or [torch.randn_like(c) for c in chosen]
+        return sum((c * w).sum() for c, w in zip(chosen, weights))
+
+    leaves = [t for t in inputs if t is not None and t.requires_grad]
+    loss(inputs).backward()
+    direction = [torch.randn_like(t) * (t.detach().abs().mean() + 1e-3) for t in leaves]
+    slope = sum((t.grad.double() * d).sum() for t, d in zip(leaves, direction) if t.grad is not None).item()
+    estimates = []
+    with torch.no_grad():
+        for step in (1e-3, 3e-3, 1e-2):
+            values = []
+            for sign in (1, -1):
+                moved = iter(t + sign * step * d for t, d in zip(leaves, direction))
+                values.append(loss([next(moved) if t is not None and t.requires_grad else t for t in inputs]).item())
+            estimates.append((values[0] - values[1]) / (2 * step))
+    scale = max(abs(slope), *map(abs, estimates), 1e-3)
+    assert min(abs(e - slope) for e in estimates) <= 0.03 * scale, (slope, estimates)
+
+
+def test_compile():
+    q, k, v = (torch.randn(1, 2, 40, 16, requires_grad=True) for _ in range(3))
+
+    def function(q, k, v):
+        return attn.torch.dense(q * 2, k, v, causal=True).sin()
+
+    compiled = torch.compile(function, backend="aot_eager", fullgraph=True)
+    want = function(q, k, v)
+    got = compiled(q, k, v)
+    torch.testing.assert_close(got, want)
+    grads = torch.autograd.grad(want.sum(), (q, k, v))
+    torch.testing.assert_close(torch.autograd.grad(got.sum(), (q, k, v)), grads)
+
+
+def test_gradients_of_half():
+    q, k, v = (torch.randn(1, 2, 40, 16).bfloat16().requires_grad_() for _ in range(3))
+    o = attn.torch.dense(q, k, v)
+    o.sum().backward()
+    assert o.dtype == q.grad.dtype == v.grad.dtype == torch.bfloat16
+
+
+def test_ops_route_to_torch():
+    q, k, v = (torch.randn(1, 2, 40, 16, requires_grad=True) for _ in range(3))
+    assert attn.attention(q, k, v, "dense:causal=true").requires_grad
+    assert attn.ops.dense(torch.nn.Parameter(q.detach()), k, v, outputs="o").requires_grad
+
+
+def test_second_derivatives_are_refused():
+    q, k, v = (torch.randn(1, 1, 8, 8, requires_grad=True) for _ in range(3))
+    (grad,) = torch.autograd.grad(attn.torch.dense(q, k, v).sum(), q, create_graph=True)
+    with pytest.raises(NotImplementedError):
+        grad.sum().backward()
+
+
+SDPA = {
+    "plain": dict(),
+    "causal": dict(is_causal=True),
+    "causal wide": dict(n=9, m=30, is_causal=True),
+    "causal tall": dict(n=30, m=9, is_causal=True),
+    "boolean mask": dict(attn_mask=lambda n, m: torch.ones(n, m, dtype=torch.bool).tril(2)),
+    "float mask": dict(attn_mask=lambda n, m: torch.randn(2, 1, n, m)),
+    "mask of heads": dict(attn_mask=lambda n, m: torch.randn(4, n, m)),
+    "scale": dict(scale=0.3),
+    "grouped": dict(kv=2, enable_gqa=True),
+    "value width": dict(dv=24),
+    "three axes": dict(lead=(3,), kv=None),
+    "two axes": dict(lead=(), kv=None),
+    "five axes": dict(lead=(2, 3, 4), kv=None),
+}
+
+
+@pytest.mark.parametrize("what", SDPA)
+def test_scaled_dot_product_attention(what):
+    torch.manual_seed(0)
+    options = dict(SDPA[what])
+    n, m, kv, dv = options.pop("n", 21), options.pop("m", 21), options.pop("kv", 4), options.pop("dv", 16)
+    lead = options.pop("lead", (2, 4))
+    kv_lead = lead if kv is None else (*lead[:-1], kv)
+    if "attn_mask" in options:
+        options["attn_mask"] = options["attn_mask"](n, m)
+    q, k, v = torch.randn(*lead, n, 16), torch.randn(*kv_lead, m, 16), torch.randn(*kv_lead, m, dv)
+    want = torch.nn.functional.scaled_dot_product_attention(q, k, v, **options)
+    got = attn.torch.scaled_dot_product_attention(q, k, v, **options)
+    torch.testing.assert_close(got, want, rtol=1e-4, atol=2e-5)
+
+
+def test_scaled_dot_product_attention_errors():
+    q = torch.randn(1, 2, 5, 8)
+    for options in (dict(dropout_p=0.5), dict(is_causal=True, attn_mask=torch.ones(5, 5, dtype=torch.bool))):
+        with pytest.raises(ValueError):
+            attn.torch.scaled_dot_product_attention(q, q, q, **options)
+    with pytest.raises(ValueError, match="enable_gqa"):
+        attn.torch.scaled_dot_product_attention(q, q[:, :1], q[:, :1])
+
+
+def test_non_contiguous():
+    q, k, v = (torch.randn(1, 24, 2, 16).transpose(1, 2).requires_grad_() for _ in range(3))
+    a = attn.torch.dense(q, k, v)
+    b = attn.torch.dense(q.contiguous(), k.contiguous(), v.contiguous())
+    assert torch.equal(a, b)
+    expanded = torch.ones(()).expand_as(a)
+    for x, y in zip(torch.autograd.grad(a, (q, k, v), expanded), torch.autograd.grad(b, (q, k, v), expanded.clone())):
+        np.testing.assert_array_equal(x.numpy(), y.numpy())
