@@ -18,13 +18,36 @@ _DTYPES = {torch.float32: "f32", torch.float16: "f16", torch.bfloat16: "bf16", t
 _TYPES = {name: dtype for dtype, name in _DTYPES.items()}
 
 
-def _describe(tensor):
-    """What the library needs to know of a tensor to tell the outputs' shapes."""
+def _describe(tensor, number):
+    """What the library needs to know of a tensor to tell the outputs' shapes. number: makes an int of an extent."""
     if tensor is None:
         return None
     if tensor.dtype not in _DTYPES:
         raise TypeError(f"data type {tensor.dtype} is not supported ({', '.join(map(str, _DTYPES))})")
-    return tuple(int(n) for n in tensor.shape), _DTYPES[tensor.dtype]
+    return tuple(number(n) for n in tensor.shape), _DTYPES[tensor.dtype]
+
+
+def _likely(extent):
+    """An extent's value in the call that is traced; the trace does not depend on it."""
+    if isinstance(extent, int):
+        return extent
+    hint = getattr(extent.node, "hint", None)
+    return int(extent) if hint is None else int(hint)
+
+
+def _symbolic_shapes(mechanism, arrays):
+    """The outputs' shapes in terms of the inputs' extents, which may be symbolic; None where a shape's text does not say."""
+    bound = {}
+    for port, tensor in zip(mechanism.inputs, arrays):
+        if tensor is not None and "..." not in port.shape:
+            for symbol, extent in zip(port.shape.split(","), tensor.shape):
+                if symbol.isidentifier():
+                    bound.setdefault(symbol, extent)
+    shapes = []
+    for port in mechanism.outputs:
+        extents = [int(s) if s.isdigit() else bound.get(s) for s in port.shape.split(",")]
+        shapes.append(None if None in extents else tuple(extents))
+    return shapes
 
 
 # ---- Gradients: one operator for all mechanisms ----
@@ -136,12 +159,14 @@ def _define(mechanism):
         values = tuple(bound.get(p.identifier, p.default) for p in mechanism.params)
         values = tuple(tuple(v) if isinstance(v, (list, tuple)) else v for v in values)
         arrays = [bound.get(p.identifier) for p in mechanism.inputs]
-        made = find(values).outputs(*map(_describe, arrays))
         wanted = request(bound.get("outputs", ""))
+        shapes = _symbolic_shapes(mechanism, arrays)
+        number = int if any(shapes[i] is None for i in wanted) else _likely
+        made = find(values).outputs(*(_describe(a, number) for a in arrays))
         device = next((a.device for a in arrays if a is not None), "cpu")
         result = tuple(
-            torch.empty(made[i][0], dtype=_TYPES[made[i][1]], device=device) if i in wanted and made[i] is not None
-            else torch.empty(0, device=device) for i in every)
+            torch.empty(made[i][0] if number is int else shapes[i], dtype=_TYPES[made[i][1]], device=device)
+            if i in wanted and made[i] is not None else torch.empty(0, device=device) for i in every)
         return result[0] if one else result
 
     torch.library.define(name, _table.schema(mechanism))

@@ -2,6 +2,7 @@
 #include "core.h"
 
 #include <string.h>
+#include <time.h>
 
 enum { MAX_PORTS = 80 };
 
@@ -448,6 +449,60 @@ static PyObject *cost(PyObject *object, PyObject *const *arguments, Py_ssize_t c
     return status == ATTN_OK ? Py_BuildValue("(ddd)", result.flops, result.bytes, result.pairs) : py_raise(status);
 }
 
+/* time_forward(count, threads, *inputs): seconds per call of attn_op_forward() alone, for the benchmark. */
+static PyObject *time_forward(PyObject *object, PyObject *const *arguments, Py_ssize_t count)
+{
+    py_op *self = (py_op *)object;
+    int repeats, threads;
+    if (count < 2) {
+        PyErr_SetString(PyExc_TypeError, "time_forward(count, threads, *inputs)");
+        return NULL;
+    }
+    if (to_int(arguments[0], 1, 1000000000, "count", &repeats) != 0 || to_int(arguments[1], 0, 4096, "threads", &threads) != 0) {
+        return NULL;
+    }
+    arrays in;
+    if (get_arrays(&in, self, self->in, self->in_count, arguments + 2, count - 2, 0) != 0) {
+        return NULL;
+    }
+    attn_named_tensor out[MAX_PORTS];
+    int out_count = MAX_PORTS, made = 0;
+    PyObject *memory[MAX_PORTS];
+    attn_status status = attn_op_outputs(self->op, in.tensor, in.count, out, &out_count);
+    int ok = status == ATTN_OK;
+    for (int i = 0; ok && i < out_count; i++) {
+        if ((self->out[find_output(self, out[i].name)].flags & ATTN_PORT_ON_REQUEST) == 0) {
+            py_array held = {.has_buffer = 0};
+            memory[made] = py_array_new(&held, NULL, &out[i].tensor);
+            ok = memory[made] != NULL;
+            if (ok) {
+                out[made] = (attn_named_tensor){out[i].name, held.view};
+                made++;
+            }
+            py_array_release(&held);
+        }
+    }
+    double seconds = 0;
+    if (ok) {
+        attn_exec exec = {.threads = threads};
+        struct timespec begin, end;
+        clock_gettime(CLOCK_MONOTONIC, &begin);
+        for (int i = 0; i < repeats && status == ATTN_OK; i++) {
+            status = attn_op_forward(self->op, in.tensor, in.count, out, made, &exec);
+        }
+        clock_gettime(CLOCK_MONOTONIC, &end);
+        seconds = (double)(end.tv_sec - begin.tv_sec) + 1e-9 * (double)(end.tv_nsec - begin.tv_nsec);
+    }
+    for (int i = 0; i < made; i++) {
+        Py_DECREF(memory[i]);
+    }
+    release(&in);
+    if (status != ATTN_OK) {
+        return py_raise(status);
+    }
+    return ok ? PyFloat_FromDouble(seconds / repeats) : NULL;
+}
+
 /* Op(spec), or Op(name, json). */
 static PyObject *op_new(PyTypeObject *type, PyObject *arguments, PyObject *options)
 {
@@ -501,6 +556,7 @@ static PyMethodDef methods[] = {
     {"backward", backward, METH_VARARGS, "backward(threads, wrt, inputs, outputs, grads)"},
     {"outputs", outputs, METH_VARARGS, "outputs(*inputs): shapes and types, without data"},
     {"cost", (PyCFunction)(void (*)(void))cost, METH_FASTCALL, "cost(*inputs): (flops, bytes, pairs)"},
+    {"time_forward", (PyCFunction)(void (*)(void))time_forward, METH_FASTCALL, "time_forward(count, threads, *inputs): seconds per call"},
     {NULL, NULL, 0, NULL},
 };
 

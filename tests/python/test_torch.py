@@ -94,6 +94,21 @@ def test_compile():
     torch.testing.assert_close(torch.autograd.grad(got.sum(), (q, k, v)), grads)
 
 
+def test_compile_with_dynamic_shapes():
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph
+
+    compiled = torch.compile(lambda q, k, v: attn.torch.dense(q, k, v, causal=True, outputs="o"), backend=backend,
+                             dynamic=True, fullgraph=True)
+    for n in (40, 50, 63):
+        q, k, v = (torch.randn(1, 2, n, 16) for _ in range(3))
+        torch.testing.assert_close(compiled(q, k, v), attn.torch.dense(q, k, v, causal=True, outputs="o"))
+    assert len(graphs) == 1
+
+
 def test_gradients_of_half():
     q, k, v = (torch.randn(1, 2, 40, 16).bfloat16().requires_grad_() for _ in range(3))
     o = attn.torch.dense(q, k, v)
