@@ -1,0 +1,15 @@
+/* Linear layers: y = x w^T + bias, as most frameworks store them. */
+#ifndef ATTN_LAYER_LINEAR_H
+#define ATTN_LAYER_LINEAR_H
+
+#include "core/internal.h"
+
+/* x [rows, in], w [out, in], bias [out] or NULL, y [rows, out]. ATTN_ERR_MEMORY. */
+attn_status attn_linear_forward(attn_arena *arena, int threads, int64_t rows, int64_t in, int64_t out, const float *x,
+                                const float *w, const float *bias, float *y);
+/* From grad_y [rows, out]: grad_x [rows, in] is overwritten; grad_w [out, in] and grad_bias [out] are added to. Each may be
+ * NULL; w is read only for grad_x, x only for grad_w. ATTN_ERR_MEMORY. */
+attn_status attn_linear_backward(attn_arena *arena, int threads, int64_t rows, int64_t in, int64_t out, const float *x,
+                                 const float *w, const float *grad_y, float *grad_x, float *grad_w, float *grad_bias);
+
+#endif
