@@ -3,7 +3,9 @@
 #define ATTN_ATTN_H
 
 #include <attn/gguf.h>
+#include <attn/dense.h>
 #include <attn/memory.h>
+#include <attn/model.h>
 #include <attn/op.h>
 #include <attn/safetensors.h>
 #include <attn/status.h>

@@ -155,26 +155,36 @@ VINLINE void super_scales(attn_quant_format f, const uint8_t *group, float *scal
 VINLINE void vector_unit(attn_quant_format f, const uint8_t *unit, const attn_quant_x *x, const vf *d, const vf *m,
                          vf *acc)
 {
-    vi low[VECTORS], high[VECTORS];
-    int offset = !has_minimum(f), wide = f == ATTN_QUANT_Q8_0;
-    UNROLL for (int v = 0; v < VECTORS; v++) {
-        low[v] = vi_set1(offset ? x->minus[0] * (1 << offset_log2(f)) : 0);
-        high[v] = vi_set1(offset ? x->minus[1] * (1 << offset_log2(f)) : 0);
+    vi sum[2][VECTORS], upper[2][VECTORS]; /* of the halves of the unit */
+    const int offset = !has_minimum(f), wide = f == ATTN_QUANT_Q8_0;
+    UNROLL for (int h = 0; h < 2; h++) {
+        UNROLL for (int v = 0; v < VECTORS; v++) {
+            sum[h][v] = vi_set1(offset ? x->minus[h] * (1 << offset_log2(f)) : 0);
+            upper[h][v] = vi_set1(0);
+        }
     }
     UNROLL for (int s = 0; s < 4; s++) {
-        vi first = vi_spread(x->q + 4 * s), second = vi_spread(x->q + 16 + 4 * s);
-        UNROLL for (int v = 0; v < VECTORS; v++) {
-            low[v] = dot4(low[v], step_codes(f, unit, s, v), first, wide);
-            high[v] = dot4(high[v], step_codes(f, unit, s + 4, v), second, wide);
+        UNROLL for (int h = 0; h < 2; h++) {
+            int step = 4 * h + s;
+            vi high = vi_spread(x->high + 4 * step), low = vi_spread(x->low + 4 * step);
+            UNROLL for (int v = 0; v < VECTORS; v++) {
+                vu codes = step_codes(f, unit, step, v);
+                upper[h][v] = dot4(upper[h][v], codes, high, wide);
+                sum[h][v] = dot4(sum[h][v], codes, low, wide);
+            }
         }
+    }
+    UNROLL for (int v = 0; v < VECTORS; v++) {
+        sum[0][v] += upper[0][v] << 7;
+        sum[1][v] += upper[1][v] << 7;
     }
     vf scale = v_set1(x->scale);
     UNROLL for (int v = 0; v < VECTORS; v++) {
         if (f == ATTN_QUANT_Q6_K) {
-            acc[v] = v_fma(vi_float(low[v]), v_mul(d[v], scale), acc[v]);
-            acc[v] = v_fma(vi_float(high[v]), v_mul(d[VECTORS + v], scale), acc[v]);
+            acc[v] = v_fma(vi_float(sum[0][v]), v_mul(d[v], scale), acc[v]);
+            acc[v] = v_fma(vi_float(sum[1][v]), v_mul(d[VECTORS + v], scale), acc[v]);
         } else {
-            acc[v] = v_fma(vi_float(low[v] + high[v]), v_mul(d[v], scale), acc[v]);
+            acc[v] = v_fma(vi_float(sum[0][v] + sum[1][v]), v_mul(d[v], scale), acc[v]);
         }
         if (has_minimum(f)) {
             acc[v] = v_fma(m[v], v_set1(x->sum), acc[v]);
@@ -274,7 +284,20 @@ VINLINE void tile_body(attn_quant_format f, const int T, const uint8_t *const co
     }
     for (int64_t u = 0; u < units; u++, x += T) {
         UNROLL for (int h = 0; h < halves; h++) {
+            /* The upper bytes first, then seven bits up, then the lower ones: one accumulator does for both. */
             vi sum[ATTN_QUANT_GROUP][2];
+            UNROLL for (int t = 0; t < T; t++) {
+                sum[t][0] = sum[t][1] = vi_set1(0);
+            }
+            UNROLL for (int i = 0; i < 8 / halves; i++) {
+                int s = 4 * h + i;
+                vu w0 = vu_load(codes[0] + 512 * u + 64 * s), w1 = vu_load(codes[1] + 512 * u + 64 * s);
+                UNROLL for (int t = 0; t < T; t++) {
+                    vi four = vi_spread(x[t].high + 4 * s);
+                    sum[t][0] = dot4(sum[t][0], w0, four, wide);
+                    sum[t][1] = dot4(sum[t][1], w1, four, wide);
+                }
+            }
             UNROLL for (int t = 0; t < T; t++) {
                 vi start = vi_set1(0);
                 if (halves == 2) {
@@ -282,13 +305,14 @@ VINLINE void tile_body(attn_quant_format f, const int T, const uint8_t *const co
                 } else if (!has_minimum(f)) {
                     start = vi_set1(x[t].minus[0] + x[t].minus[1]) << offset_log2(f);
                 }
-                sum[t][0] = sum[t][1] = start;
+                sum[t][0] = (sum[t][0] << 7) + start;
+                sum[t][1] = (sum[t][1] << 7) + start;
             }
             UNROLL for (int i = 0; i < 8 / halves; i++) {
                 int s = 4 * h + i;
                 vu w0 = vu_load(codes[0] + 512 * u + 64 * s), w1 = vu_load(codes[1] + 512 * u + 64 * s);
                 UNROLL for (int t = 0; t < T; t++) {
-                    vi four = vi_spread(x[t].q + 4 * s);
+                    vi four = vi_spread(x[t].low + 4 * s);
                     sum[t][0] = dot4(sum[t][0], w0, four, wide);
                     sum[t][1] = dot4(sum[t][1], w1, four, wide);
                 }
@@ -452,16 +476,18 @@ static void quantize(const float *x, int64_t units, attn_quant_x *out, int64_t s
         UNROLL for (int i = 0; i < ATTN_QUANT_UNIT; i += VW) {
             top = v_max(top, v_abs(v_load(x + i)));
         }
-        float most = v_top(top), scale = most / 127.0f;
-        vf inverse = v_set1(most > 0 ? 127.0f / most : 0.0f);
+        float most = v_top(top), scale = most / 16256.0f;
+        vf inverse = v_set1(most > 0 ? 16256.0f / most : 0.0f);
         float sums[2];
         UNROLL for (int h = 0; h < 2; h++) {
             vf sum = v_zero();
             UNROLL for (int i = 16 * h; i < 16 * h + 16; i += VW) {
                 vf whole = v_round(v_mul(v_load(x + i), inverse));
                 sum = v_add(sum, whole);
-                vb bytes = __builtin_convertvector(__builtin_convertvector(whole, vi), vb);
-                memcpy(out->q + i, &bytes, sizeof bytes);
+                vi number = __builtin_convertvector(whole, vi), upper = (number + 64) >> 7;
+                vb high = __builtin_convertvector(upper, vb), low = __builtin_convertvector(number - (upper << 7), vb);
+                memcpy(out->high + i, &high, sizeof high);
+                memcpy(out->low + i, &low, sizeof low);
             }
             sums[h] = v_sum(sum);
         }

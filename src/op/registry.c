@@ -5,11 +5,26 @@
 
 /* In alphabetical order of the names; '.' comes before letters and '_' (tests/test_op.c checks). */
 #define MECHANISMS(X)              \
+    X(dense)                       \
     X(disendiff)                   \
     X(disendiff_attention)         \
     X(disendiff_embed)             \
     X(disendiff_recon)             \
-    X(disendiff_train)
+    X(disendiff_train)             \
+    X(mrsa)                        \
+    X(mrsa_cfg)                    \
+    X(mrsa_mask)                   \
+    X(mrsa_noise)                  \
+    X(retrieval_head)              \
+    X(retrieval_head_insert)       \
+    X(retrieval_head_locate)       \
+    X(retrieval_head_mask)         \
+    X(retrieval_head_rank)         \
+    X(retrieval_head_recall)       \
+    X(softpag)                     \
+    X(softpag_guide)               \
+    X(softpag_hunt)                \
+    X(softpag_select)
 
 #define DECLARE(name) extern const attn_op_class attn_op_##name;
 MECHANISMS(DECLARE)

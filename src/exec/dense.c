@@ -1,0 +1,477 @@
+/* Exact attention, forward. One task is a block of query rows of one key/value head: for each block of keys it computes a few rows'
+ * scores, updates their softmax and accumulates values while everything is in cache. Keys are packed transposed once, so that
+ * scores come out with keys along the vector lanes. */
+#include "exec/dense.h"
+#include "tensor/half.h"
+
+#include <math.h>
+#include <omp.h>
+#include <string.h>
+
+void attn_dense_defaults(attn_dense_settings *settings)
+{
+    *settings = (attn_dense_settings){.window = {-1, -1}, .scale = NAN};
+}
+
+/* ---- Checks ---- */
+
+attn_status attn_dense_check_tensor(const char *name, const attn_tensor *tensor, const char *what, int ndim,
+                                    const int64_t *shape, int float_only)
+{
+    if (tensor->ndim != ndim) {
+        return attn_fail(ATTN_ERR_SHAPE, "%s has %d dimensions, expected %s", name, tensor->ndim, what);
+    }
+    int64_t count = 1;
+    for (int i = 0; i < ndim; i++) {
+        if (tensor->shape[i] != shape[i]) {
+            return attn_fail(ATTN_ERR_SHAPE, "%s has extent %lld on axis %d, expected %lld (%s)", name,
+                             (long long)tensor->shape[i], i, (long long)shape[i], what);
+        }
+        count *= shape[i];
+    }
+    if (float_only && tensor->dtype != ATTN_F32 && tensor->dtype != ATTN_F16 && tensor->dtype != ATTN_BF16) {
+        return attn_fail(ATTN_ERR_DTYPE, "%s has data type %s, expected f32, f16 or bf16", name, attn_dtype_name(tensor->dtype));
+    }
+    if (count > 0 && tensor->data == NULL) {
+        return attn_fail(ATTN_ERR_ARGUMENT, "%s has no data", name);
+    }
+    return ATTN_OK;
+}
+
+attn_status attn_dense_check_f32(const char *name, const attn_tensor *tensor, const char *what, int ndim, const int64_t *shape)
+{
+    ATTN_TRY(attn_dense_check_tensor(name, tensor, what, ndim, shape, 0));
+    return tensor->dtype == ATTN_F32 ? ATTN_OK
+                                     : attn_fail(ATTN_ERR_DTYPE, "%s has data type %s, expected f32", name,
+                                                 attn_dtype_name(tensor->dtype));
+}
+
+static attn_status check_cache(const char *name, const attn_tensor *tensor, const char *what, const int64_t *shape,
+                               const char *scale_name, const attn_tensor *scale)
+{
+    ATTN_TRY(attn_dense_check_tensor(name, tensor, what, 4, shape, tensor->dtype != ATTN_I8));
+    if (tensor->dtype == ATTN_I8 && scale == NULL) {
+        return attn_fail(ATTN_ERR_ARGUMENT, "%s is i8, so %s is needed", name, scale_name);
+    }
+    return scale != NULL ? attn_dense_check_f32(scale_name, scale, "[B,Hkv,M]", 3, shape) : ATTN_OK;
+}
+
+static attn_status check_key_length(const dense_problem *p, const attn_tensor *lengths)
+{
+    ATTN_TRY(attn_dense_check_tensor("key_length", lengths, "[B]", 1, &p->batch, 0));
+    if (lengths->dtype != ATTN_I32 && lengths->dtype != ATTN_I64) {
+        return attn_fail(ATTN_ERR_DTYPE, "key_length has data type %s, expected i32 or i64", attn_dtype_name(lengths->dtype));
+    }
+    for (int64_t b = 0; b < p->batch; b++) {
+        int64_t at = b * lengths->stride[0];
+        int64_t length = lengths->dtype == ATTN_I64 ? ((const int64_t *)lengths->data)[at] : ((const int32_t *)lengths->data)[at];
+        if (length < 0 || length > p->m) {
+            return attn_fail(ATTN_ERR_ARGUMENT, "key_length[%lld] = %lld, expected 0 ... M = %lld", (long long)b,
+                             (long long)length, (long long)p->m);
+        }
+    }
+    return ATTN_OK;
+}
+
+attn_status attn_dense_check(dense_problem *p, const attn_dense_settings *settings, const attn_dense_inputs *in)
+{
+    *p = (dense_problem){.settings = *settings, .in = in, .kernels = attn_tile_kernels_get()};
+    if (in->q.ndim != 4 || in->k.ndim != 4 || in->v.ndim != 4) {
+        return attn_fail(ATTN_ERR_SHAPE, "q, k and v have %d, %d and %d dimensions, expected 4: [B,H,N,D], [B,Hkv,M,D], [B,Hkv,M,Dv]",
+                         in->q.ndim, in->k.ndim, in->v.ndim);
+    }
+    p->batch = in->q.shape[0], p->heads = in->q.shape[1], p->n = in->q.shape[2], p->d = in->q.shape[3];
+    p->kv_heads = in->k.shape[1], p->m = in->k.shape[2], p->dv = in->v.shape[3];
+    if (p->d < 1 || p->dv < 1) {
+        return attn_fail(ATTN_ERR_SHAPE, "D = %lld and Dv = %lld, expected at least 1", (long long)p->d, (long long)p->dv);
+    }
+    if (p->kv_heads < 1 ? p->heads > 0 : p->heads % p->kv_heads != 0) {
+        return attn_fail(ATTN_ERR_SHAPE, "%lld query heads are not a multiple of %lld key/value heads", (long long)p->heads,
+                         (long long)p->kv_heads);
+    }
+    p->group = p->kv_heads > 0 ? p->heads / p->kv_heads : 0;
+    ATTN_TRY(attn_dense_check_tensor("q", &in->q, "[B,H,N,D]", 4, in->q.shape, 1));
+    ATTN_TRY(check_cache("k", &in->k, "[B,Hkv,M,D]", (int64_t[]){p->batch, p->kv_heads, p->m, p->d}, "k_scale", in->k_scale));
+    ATTN_TRY(check_cache("v", &in->v, "[B,Hkv,M,Dv]", (int64_t[]){p->batch, p->kv_heads, p->m, p->dv}, "v_scale", in->v_scale));
+    if (in->bias != NULL) {
+        int64_t b = in->bias->ndim == 4 && in->bias->shape[0] == 1 ? 1 : p->batch;
+        int64_t h = in->bias->ndim == 4 && in->bias->shape[1] == 1 ? 1 : p->heads;
+        ATTN_TRY(attn_dense_check_tensor("bias", in->bias, "[1 or B, 1 or H, N, M]", 4, (int64_t[]){b, h, p->n, p->m}, 1));
+    }
+    if (in->slopes != NULL) {
+        ATTN_TRY(attn_dense_check_f32("slopes", in->slopes, "[H]", 1, &p->heads));
+    }
+    if (in->sinks != NULL) {
+        ATTN_TRY(attn_dense_check_f32("sinks", in->sinks, "[H]", 1, &p->heads));
+    }
+    if (in->key_length != NULL) {
+        ATTN_TRY(check_key_length(p, in->key_length));
+    }
+    for (int side = 0; side < 2; side++) {
+        if (settings->window[side] < -1) {
+            return attn_fail(ATTN_ERR_ARGUMENT, "window[%d] = %lld, expected -1 or more", side, (long long)settings->window[side]);
+        }
+    }
+    if (!(settings->softcap >= 0) || isinf(settings->softcap)) {
+        return attn_fail(ATTN_ERR_ARGUMENT, "softcap = %g, expected 0 or more", settings->softcap);
+    }
+    if (isinf(settings->scale)) {
+        return attn_fail(ATTN_ERR_ARGUMENT, "scale = %g, expected a finite number", settings->scale);
+    }
+    p->scale = isnan(settings->scale) ? 1 / sqrt((double)p->d) : settings->scale;
+    p->base2 = settings->softcap == 0;
+    p->dv_pad = attn_ceil_div(p->dv, p->kernels->vw) * p->kernels->vw;
+    return ATTN_OK;
+}
+
+/* ---- Rows ---- */
+
+void attn_dense_visible(const dense_problem *p, int64_t b, int64_t n, int64_t *begin, int64_t *end)
+{
+    int64_t i = n + (p->m - p->n), low = 0, high = p->m;
+    const attn_tensor *lengths = p->in->key_length;
+    if (lengths != NULL) {
+        int64_t at = b * lengths->stride[0];
+        high = lengths->dtype == ATTN_I64 ? ((const int64_t *)lengths->data)[at] : ((const int32_t *)lengths->data)[at];
+    }
+    if (p->settings.causal) {
+        high = attn_min_i64(high, i + 1);
+    }
+    /* Compared as differences, so that a huge window cannot overflow. */
+    if (p->settings.window[0] >= 0 && p->settings.window[0] < i) {
+        low = i - p->settings.window[0];
+    }
+    if (p->settings.window[1] >= 0 && p->settings.window[1] < high - i) {
+        high = i + p->settings.window[1] + 1;
+    }
+    *begin = low;
+    *end = attn_max_i64(high, 0);
+}
+
+static float load_element(const void *data, attn_dtype dtype, int64_t at)
+{
+    switch (dtype) {
+    case ATTN_F16: return attn_f16_to_f32(((const uint16_t *)data)[at]);
+    case ATTN_BF16: return attn_bf16_to_f32(((const uint16_t *)data)[at]);
+    case ATTN_I8: return ((const int8_t *)data)[at];
+    default: return ((const float *)data)[at];
+    }
+}
+
+void attn_dense_load_row(const dense_problem *p, float *to, const attn_tensor *t, int64_t b, int64_t h, int64_t row,
+                         int64_t count, float factor)
+{
+    const char *from = attn_dense_row(t, b, h, row);
+    if (t->stride[3] == 1 || count == 1) {
+        p->kernels->load_row(to, from, t->dtype, count, factor);
+        return;
+    }
+    for (int64_t c = 0; c < count; c++) {
+        to[c] = factor * load_element(from, t->dtype, c * t->stride[3]);
+    }
+}
+
+void attn_dense_store_row(const attn_tensor *t, int64_t b, int64_t h, int64_t row, const float *from, int64_t count)
+{
+    void *to = (void *)(uintptr_t)attn_dense_row(t, b, h, row);
+    int64_t stride = t->stride[3];
+    if (t->dtype == ATTN_F32 && stride == 1) {
+        memcpy(to, from, (size_t)count * sizeof *from);
+        return;
+    }
+    for (int64_t c = 0; c < count; c++) {
+        switch (t->dtype) {
+        case ATTN_F16: ((uint16_t *)to)[c * stride] = attn_f32_to_f16(from[c]); break;
+        case ATTN_BF16: ((uint16_t *)to)[c * stride] = attn_f32_to_bf16(from[c]); break;
+        default: ((float *)to)[c * stride] = from[c]; break;
+        }
+    }
+}
+
+float attn_dense_row_scale(const attn_tensor *scales, int64_t b, int64_t h, int64_t row)
+{
+    return scales != NULL
+               ? ((const float *)scales->data)[b * scales->stride[0] + h * scales->stride[1] + row * scales->stride[2]]
+               : 1.0f;
+}
+
+#define PACK_ROWS 16 /* converted at a time when rows cannot be packed as they lie */
+
+void attn_dense_pack_transposed(const dense_problem *p, float *to, const attn_tensor *t, const attn_tensor *scales, int64_t b,
+                                int64_t h, int64_t first, int64_t count, float *rows)
+{
+    int64_t nr = p->kernels->nr, width = t->shape[3];
+    for (int64_t j = 0; j < count; j += nr, to += width * nr) {
+        int64_t keys = attn_min_i64(nr, count - j);
+        if (keys < nr) {
+            memset(to, 0, (size_t)(width * nr) * sizeof *to);
+        }
+        if (t->stride[3] == 1 && scales == NULL) {
+            p->kernels->pack_transposed(to, nr, attn_dense_row(t, b, h, first + j), t->dtype, t->stride[2], keys, width);
+            continue;
+        }
+        for (int64_t r = 0; r < keys; r += PACK_ROWS) {
+            int64_t some = attn_min_i64(PACK_ROWS, keys - r);
+            for (int64_t i = 0; i < some; i++) {
+                int64_t row = first + j + r + i;
+                attn_dense_load_row(p, rows + i * width, t, b, h, row, width, attn_dense_row_scale(scales, b, h, row));
+            }
+            p->kernels->pack_transposed(to + r, nr, rows, ATTN_F32, width, some, width);
+        }
+    }
+}
+
+void attn_dense_pack_rows(const dense_problem *p, float *to, const attn_tensor *t, const attn_tensor *scales, int64_t b,
+                          int64_t h, int64_t first, int64_t count, int64_t pad)
+{
+    int64_t width = t->shape[3];
+    for (int64_t j = 0; j < count; j++, to += pad) {
+        attn_dense_load_row(p, to, t, b, h, first + j, width, attn_dense_row_scale(scales, b, h, first + j));
+        memset(to + width, 0, (size_t)(pad - width) * sizeof *to);
+    }
+}
+
+int attn_dense_needs_adjust(const dense_problem *p)
+{
+    return p->settings.softcap > 0 || p->in->slopes != NULL || p->in->bias != NULL;
+}
+
+void attn_dense_adjust(const dense_problem *p, float *s, int64_t b, int64_t h, int64_t n, int64_t first, int64_t count)
+{
+    if (p->settings.softcap > 0) {
+        p->kernels->softcap(s, count, (float)p->settings.softcap);
+        p->kernels->scale(s, count, (float)ATTN_LOG2E);
+    }
+    attn_dense_shift(p, s, b, h, n, first, count);
+}
+
+void attn_dense_shift(const dense_problem *p, float *s, int64_t b, int64_t h, int64_t n, int64_t first, int64_t count)
+{
+    const attn_tensor *bias = p->in->bias, *slopes = p->in->slopes;
+    if (slopes != NULL) {
+        float slope = (float)((double)((const float *)slopes->data)[h * slopes->stride[0]] * ATTN_LOG2E);
+        int64_t i = n + (p->m - p->n);
+        for (int64_t j = 0; j < count; j++) {
+            int64_t distance = i - (first + j);
+            s[j] -= slope * (float)(distance < 0 ? -distance : distance);
+        }
+    }
+    if (bias != NULL) {
+        const char *row = attn_dense_row(bias, bias->shape[0] == 1 ? 0 : b, bias->shape[1] == 1 ? 0 : h, n);
+        int64_t stride = bias->stride[3], inside = attn_min_i64(count, p->m - first);
+        if (bias->dtype == ATTN_F32 && stride == 1) {
+            p->kernels->axpy(s, (const float *)(const void *)row + first, inside, (float)ATTN_LOG2E);
+        } else {
+            for (int64_t j = 0; j < inside; j++) {
+                s[j] += (float)ATTN_LOG2E * load_element(row, bias->dtype, (first + j) * stride);
+            }
+        }
+    }
+}
+
+void attn_dense_begin_row(const dense_problem *p, int64_t h, float *m, float *l)
+{
+    const attn_tensor *sinks = p->in->sinks;
+    float sink = sinks != NULL ? ((const float *)sinks->data)[h * sinks->stride[0]] : -INFINITY;
+    *m = (float)((double)sink * ATTN_LOG2E);
+    *l = sink > -INFINITY ? 1.0f : 0.0f;
+}
+
+/* ---- The tiled forward ---- */
+
+/* Packed keys [B*Hkv][m_pad * D] and values: packed [B*Hkv][M][dv_pad], or as they lie when they are whole rows of f32. */
+typedef struct packed {
+    int64_t m_pad;
+    float *k, *v;
+} packed;
+
+typedef struct worker {
+    float *q, *s, *o, *m, *l, *alpha, *rows;
+    int64_t *begin, *end;
+} worker;
+
+static int values_as_they_lie(const dense_problem *p)
+{
+    const attn_tensor *v = &p->in->v;
+    return v->dtype == ATTN_F32 && v->stride[3] == 1 && p->dv % p->kernels->vw == 0;
+}
+
+static attn_status packed_create(const dense_problem *p, packed *to, attn_arena *arena)
+{
+    to->m_pad = attn_ceil_div(p->m, p->kernels->nr) * p->kernels->nr;
+    size_t pairs = (size_t)(p->batch * p->kv_heads);
+    to->k = attn_arena_array(arena, pairs * (size_t)to->m_pad, (size_t)p->d * sizeof(float));
+    to->v = values_as_they_lie(p) ? NULL : attn_arena_array(arena, pairs * (size_t)p->m, (size_t)p->dv_pad * sizeof(float));
+    if (to->k == NULL || (to->v == NULL && !values_as_they_lie(p))) {
+        return attn_fail_memory(pairs * (size_t)to->m_pad * (size_t)(p->d + p->dv) * sizeof(float));
+    }
+    return ATTN_OK;
+}
+
+/* Keys first ... of one pair; chunks of DENSE_BLOCK_K. */
+static void pack_chunk(const dense_problem *p, const packed *to, int64_t pair, int64_t chunk, float *rows)
+{
+    int64_t b = pair / p->kv_heads, h = pair % p->kv_heads, first = chunk * DENSE_BLOCK_K;
+    int64_t count = attn_min_i64(DENSE_BLOCK_K, p->m - first);
+    attn_dense_pack_transposed(p, to->k + (pair * to->m_pad + first) * p->d, &p->in->k, p->in->k_scale, b, h, first, count, rows);
+    if (to->v != NULL) {
+        attn_dense_pack_rows(p, to->v + (pair * p->m + first) * p->dv_pad, &p->in->v, p->in->v_scale, b, h, first, count, p->dv_pad);
+    }
+}
+
+/* The rows of a group of query heads, head after head: row r is query r % N of head r / N of the group. */
+static void load_queries(const dense_problem *p, worker *w, int64_t pair, int64_t first, int64_t count)
+{
+    int64_t b = pair / p->kv_heads, h0 = pair % p->kv_heads * p->group;
+    float factor = (float)(p->base2 ? p->scale * ATTN_LOG2E : p->scale);
+    for (int64_t r = 0; r < count; r++) {
+        int64_t h = h0 + (first + r) / p->n, n = (first + r) % p->n;
+        attn_dense_load_row(p, w->q + r * p->d, &p->in->q, b, h, n, p->d, factor);
+        attn_dense_visible(p, b, n, &w->begin[r], &w->end[r]);
+        attn_dense_begin_row(p, h, &w->m[r], &w->l[r]);
+    }
+    memset(w->o, 0, (size_t)(count * p->dv_pad) * sizeof *w->o);
+}
+
+/* A few rows (one tile height) against the keys of one block. */
+static void attend_block(const dense_problem *p, const packed *kv, worker *w, int64_t pair, int64_t first, int64_t r,
+                         int64_t rows, int64_t block)
+{
+    const attn_tile_kernels *kernels = p->kernels;
+    int64_t low = INT64_MAX, high = 0, inner_low = 0, inner_high = INT64_MAX, nr = kernels->nr;
+    for (int64_t i = r; i < r + rows; i++) {
+        if (w->begin[i] < w->end[i]) {
+            low = attn_min_i64(low, w->begin[i]);
+            high = attn_max_i64(high, w->end[i]);
+        }
+        inner_low = attn_max_i64(inner_low, w->begin[i]);
+        inner_high = attn_min_i64(inner_high, w->end[i]);
+    }
+    low = attn_max_i64(low, block);
+    high = attn_min_i64(high, block + DENSE_BLOCK_K);
+    if (low >= high) {
+        return;
+    }
+    low = block + (low - block) / nr * nr;
+    int64_t count = attn_ceil_div(high - low, nr) * nr, keys = attn_min_i64(count, p->m - low);
+    kernels->product(rows, count, p->d, w->q + r * p->d, p->d, 1, kv->k + (pair * kv->m_pad + low) * p->d, nr, p->d * nr, w->s,
+                     DENSE_BLOCK_K, 0);
+    int64_t b = pair / p->kv_heads, h0 = pair % p->kv_heads * p->group;
+    if (attn_dense_needs_adjust(p)) {
+        for (int64_t i = 0; i < rows; i++) {
+            int64_t at = first + r + i;
+            attn_dense_adjust(p, w->s + i * DENSE_BLOCK_K, b, h0 + at / p->n, at % p->n, low, count);
+        }
+    }
+    if (inner_low > low || inner_high < low + count) {
+        for (int64_t i = 0; i < rows; i++) {
+            attn_dense_mask_row(w->s + i * DENSE_BLOCK_K, low, count, w->begin[r + i], w->end[r + i]);
+        }
+    }
+    kernels->softmax(rows, w->s, DENSE_BLOCK_K, count, w->m + r, w->l + r, w->alpha);
+    for (int64_t i = 0; i < rows; i++) {
+        if (w->alpha[i] != 1.0f) {
+            kernels->scale(w->o + (r + i) * p->dv_pad, p->dv_pad, w->alpha[i]);
+        }
+    }
+    const float *v = kv->v != NULL
+                         ? kv->v + (pair * p->m + low) * p->dv_pad
+                         : (const float *)(const void *)attn_dense_row(&p->in->v, b, pair % p->kv_heads, low);
+    int64_t ldv = kv->v != NULL ? p->dv_pad : p->in->v.stride[2];
+    kernels->product(rows, p->dv_pad, keys, w->s, DENSE_BLOCK_K, 1, v, ldv, nr, w->o + r * p->dv_pad, p->dv_pad, 1);
+}
+
+static void store_results(const dense_problem *p, worker *w, int64_t pair, int64_t first, int64_t count, const attn_tensor *o,
+                          const attn_tensor *lse)
+{
+    int64_t b = pair / p->kv_heads, h0 = pair % p->kv_heads * p->group;
+    for (int64_t r = 0; r < count; r++) {
+        int64_t h = h0 + (first + r) / p->n, n = (first + r) % p->n;
+        p->kernels->scale(w->o + r * p->dv_pad, p->dv_pad, w->l[r] > 0 ? 1 / w->l[r] : w->l[r] == 0 ? 0 : NAN);
+        attn_dense_store_row(o, b, h, n, w->o + r * p->dv_pad, p->dv);
+        if (lse != NULL) {
+            ((float *)lse->data)[b * lse->stride[0] + h * lse->stride[1] + n * lse->stride[2]] =
+                w->l[r] == 0 ? -INFINITY : (float)(((double)w->m[r] + log2((double)w->l[r])) * ATTN_LN2);
+        }
+    }
+}
+
+static attn_status workers_create(const dense_problem *p, worker **workers, int threads, attn_arena *arena)
+{
+    worker *made = attn_arena_array(arena, (size_t)threads, sizeof *made);
+    for (int t = 0; t < threads && made != NULL; t++) {
+        worker *w = &made[t];
+        w->q = attn_arena_array(arena, DENSE_BLOCK_Q, (size_t)p->d * sizeof(float));
+        w->s = attn_arena_array(arena, (size_t)p->kernels->mr * DENSE_BLOCK_K, sizeof(float));
+        w->o = attn_arena_array(arena, DENSE_BLOCK_Q, (size_t)p->dv_pad * sizeof(float));
+        w->m = attn_arena_array(arena, 3 * DENSE_BLOCK_Q, sizeof(float));
+        w->rows = attn_arena_array(arena, PACK_ROWS, (size_t)attn_max_i64(p->d, p->dv) * sizeof(float));
+        w->begin = attn_arena_array(arena, 2 * DENSE_BLOCK_Q, sizeof(int64_t));
+        if (w->q == NULL || w->s == NULL || w->o == NULL || w->m == NULL || w->rows == NULL || w->begin == NULL) {
+            made = NULL;
+            break;
+        }
+        w->l = w->m + DENSE_BLOCK_Q;
+        w->alpha = w->l + DENSE_BLOCK_Q;
+        w->end = w->begin + DENSE_BLOCK_Q;
+    }
+    *workers = made;
+    return made != NULL ? ATTN_OK : attn_fail_memory((size_t)threads * DENSE_BLOCK_Q * (size_t)(p->d + p->dv) * sizeof(float));
+}
+
+static attn_status tiled(const dense_problem *p, const attn_tensor *o, const attn_tensor *lse, attn_arena *arena, int threads)
+{
+    packed kv;
+    worker *workers;
+    ATTN_TRY(packed_create(p, &kv, arena));
+    ATTN_TRY(workers_create(p, &workers, threads, arena));
+    int64_t pairs = p->batch * p->kv_heads, chunks = attn_ceil_div(p->m, DENSE_BLOCK_K);
+    int64_t rows = p->group * p->n, blocks = attn_ceil_div(rows, DENSE_BLOCK_Q);
+#pragma omp parallel num_threads(threads)
+    {
+        worker *w = &workers[omp_get_thread_num()];
+#pragma omp for schedule(static)
+        for (int64_t i = 0; i < pairs * chunks; i++) {
+            pack_chunk(p, &kv, i / chunks, i % chunks, w->rows);
+        }
+        /* Late blocks first: under causality they are the long ones. */
+#pragma omp for schedule(dynamic, 1)
+        for (int64_t i = 0; i < pairs * blocks; i++) {
+            int64_t pair = i % pairs, first = (blocks - 1 - i / pairs) * DENSE_BLOCK_Q;
+            int64_t count = attn_min_i64(DENSE_BLOCK_Q, rows - first), low = INT64_MAX, high = 0;
+            load_queries(p, w, pair, first, count);
+            for (int64_t r = 0; r < count; r++) {
+                low = attn_min_i64(low, w->begin[r]);
+                high = attn_max_i64(high, w->end[r]);
+            }
+            for (int64_t block = low / DENSE_BLOCK_K * DENSE_BLOCK_K; block < high; block += DENSE_BLOCK_K) {
+                for (int64_t r = 0; r < count; r += p->kernels->mr) {
+                    attend_block(p, &kv, w, pair, first, r, attn_min_i64(p->kernels->mr, count - r), block);
+                }
+            }
+            store_results(p, w, pair, first, count, o, lse);
+        }
+    }
+    return ATTN_OK;
+}
+
+attn_status attn_dense_forward(const attn_dense_settings *settings, const attn_dense_inputs *inputs, const attn_tensor *o,
+                               const attn_tensor *lse, const attn_exec *exec)
+{
+    dense_problem p;
+    attn_scratch scratch;
+    ATTN_TRY(attn_dense_check(&p, settings, inputs));
+    ATTN_TRY(attn_dense_check_tensor("o", o, "[B,H,N,Dv]", 4, (int64_t[]){p.batch, p.heads, p.n, p.dv}, 1));
+    if (lse != NULL) {
+        ATTN_TRY(attn_dense_check_f32("lse", lse, "[B,H,N]", 3, (int64_t[]){p.batch, p.heads, p.n}));
+    }
+    if (p.batch * p.heads * p.n == 0) {
+        return ATTN_OK;
+    }
+    ATTN_TRY(attn_scratch_begin(&scratch, exec));
+    int threads = attn_exec_threads(exec);
+    attn_status status = attn_dense_is_decode(&p) ? attn_dense_decode(&p, o, lse, scratch.arena, threads)
+                                                  : tiled(&p, o, lse, scratch.arena, threads);
+    attn_scratch_end(&scratch);
+    return status;
+}

@@ -1,0 +1,87 @@
+/* What the executors share with the dense one: the checked problem, packed keys and values, rows of queries, and scores. */
+#ifndef ATTN_EXEC_DENSE_H
+#define ATTN_EXEC_DENSE_H
+
+#include "core/internal.h"
+#include "kernel/tile.h"
+#include <attn/dense.h>
+#include <math.h>
+
+#define ATTN_LOG2E 1.44269504088896340736
+#define ATTN_LN2 0.69314718055994530942
+
+/* Keys of a step of the online softmax. A multiple of every kernel's panel width. */
+#define DENSE_BLOCK_K 256
+/* Query rows that one task takes: a multiple of the kernels' tile heights. */
+#define DENSE_BLOCK_Q 96
+
+typedef struct dense_problem {
+    int64_t batch, heads, kv_heads, group, n, m, d, dv;
+    int64_t dv_pad; /* dv up to whole vectors */
+    double scale;
+    attn_dense_settings settings;
+    const attn_dense_inputs *in;
+    const attn_tile_kernels *kernels;
+    int base2; /* q is scaled so that scores come out in base 2 at once (no soft cap in between) */
+} dense_problem;
+
+/* Check everything but the outputs. */
+attn_status attn_dense_check(dense_problem *problem, const attn_dense_settings *settings, const attn_dense_inputs *inputs);
+attn_status attn_dense_check_tensor(const char *name, const attn_tensor *tensor, const char *what, int ndim,
+                                    const int64_t *shape, int float_only);
+
+attn_status attn_dense_check_f32(const char *name, const attn_tensor *tensor, const char *what, int ndim, const int64_t *shape);
+
+/* Visible keys [begin, end) of query n of batch item b; begin >= end when there is none. */
+void attn_dense_visible(const dense_problem *problem, int64_t b, int64_t n, int64_t *begin, int64_t *end);
+
+/* Address of an element of a 4-D view: batch, head and row; the last axis from 0. */
+static inline const char *attn_dense_row(const attn_tensor *t, int64_t b, int64_t h, int64_t row)
+{
+    return (const char *)t->data +
+           (b * t->stride[0] + h * t->stride[1] + row * t->stride[2]) * (int64_t)attn_dtype_size(t->dtype);
+}
+
+/* Read `count` numbers of a row of any stride into f32. */
+void attn_dense_load_row(const dense_problem *problem, float *to, const attn_tensor *t, int64_t b, int64_t h, int64_t row,
+                         int64_t count, float factor);
+/* Write f32 to a row of any float type and stride. */
+void attn_dense_store_row(const attn_tensor *t, int64_t b, int64_t h, int64_t row, const float *from, int64_t count);
+
+/* The scale of an int8 key or value; 1 for other types. */
+float attn_dense_row_scale(const attn_tensor *scales, int64_t b, int64_t h, int64_t row);
+
+/* Rows [first, first+count) of a [B,Hkv,M,C] view, transposed in panels of nr keys: element (key j, channel c) at
+ * (j / nr) * C * nr + c * nr + j % nr; columns of keys beyond `count` are zero up to a whole panel. row: scratch of C floats. */
+void attn_dense_pack_transposed(const dense_problem *problem, float *to, const attn_tensor *t, const attn_tensor *scales,
+                                int64_t b, int64_t h, int64_t first, int64_t count, float *rows);
+/* The same rows as f32 [count][width_pad], zero-padded. */
+void attn_dense_pack_rows(const dense_problem *problem, float *to, const attn_tensor *t, const attn_tensor *scales, int64_t b,
+                          int64_t h, int64_t first, int64_t count, int64_t pad);
+
+/* What lies between the product q.k and the softmax for one row: soft cap, slope, bias; from then on in base 2. s[i] belongs to key
+ * first + i. The second function is the part after the soft cap. */
+void attn_dense_adjust(const dense_problem *problem, float *s, int64_t b, int64_t h, int64_t n, int64_t first, int64_t count);
+void attn_dense_shift(const dense_problem *problem, float *s, int64_t b, int64_t h, int64_t n, int64_t first, int64_t count);
+int attn_dense_needs_adjust(const dense_problem *problem);
+/* -inf outside [begin, end) */
+static inline void attn_dense_mask_row(float *s, int64_t first, int64_t count, int64_t begin, int64_t end)
+{
+    int64_t low = attn_min_i64(count, attn_max_i64(0, begin - first)), high = attn_max_i64(low, attn_min_i64(count, end - first));
+    for (int64_t i = 0; i < low; i++) {
+        s[i] = -INFINITY;
+    }
+    for (int64_t i = high; i < count; i++) {
+        s[i] = -INFINITY;
+    }
+}
+
+/* The state of a row before any key: the sink's logit, when there is one. */
+void attn_dense_begin_row(const dense_problem *problem, int64_t h, float *m, float *l);
+
+/* dense_decode.c: few query rows, many keys. */
+int attn_dense_is_decode(const dense_problem *problem);
+attn_status attn_dense_decode(const dense_problem *problem, const attn_tensor *o, const attn_tensor *lse, attn_arena *arena,
+                              int threads);
+
+#endif

@@ -1,0 +1,134 @@
+/* Exact attention for few query rows over many keys: memory-bound, so keys and values are read once, as they lie, by all query heads
+ * of their group. The keys are split in fixed parts (whatever the number of threads) that are merged by their log-sum-exp. */
+#include "exec/dense.h"
+
+#include <math.h>
+#include <omp.h>
+#include <string.h>
+
+#define MOST_ROWS 16
+#define PART 1024 /* keys of a part */
+#define STEP 128  /* keys of a step of the online softmax; a multiple of all vector widths */
+
+int attn_dense_is_decode(const dense_problem *p)
+{
+    const attn_tensor *k = &p->in->k, *v = &p->in->v;
+    return p->group * p->n <= MOST_ROWS && (k->stride[3] == 1 || p->d == 1) && (v->stride[3] == 1 || p->dv == 1);
+}
+
+/* One part of one key/value head: o [rows][dv_pad] not normalised, m and l in base 2. */
+typedef struct part_state {
+    float *o, *m, *l;
+} part_state;
+
+static void attend_step(const dense_problem *p, const float *q, float *s, part_state *state, int64_t b, int64_t kv,
+                        int64_t first, int64_t keys)
+{
+    const attn_tile_kernels *kernels = p->kernels;
+    const attn_tensor *k = &p->in->k, *v = &p->in->v;
+    int64_t rows = p->group * p->n, count = attn_ceil_div(keys, kernels->vw) * kernels->vw;
+    float alpha[MOST_ROWS];
+    kernels->decode_scores(s, STEP, q, p->d, rows, attn_dense_row(k, b, kv, first), k->dtype, k->stride[2], keys, p->d);
+    for (int64_t r = 0; r < rows; r++) {
+        float *row = s + r * STEP;
+        int64_t h = kv * p->group + r / p->n, n = r % p->n, begin, end;
+        for (int64_t j = 0; j < keys && p->in->k_scale != NULL; j++) {
+            row[j] *= attn_dense_row_scale(p->in->k_scale, b, kv, first + j);
+        }
+        if (attn_dense_needs_adjust(p)) {
+            attn_dense_adjust(p, row, b, h, n, first, keys);
+        }
+        attn_dense_visible(p, b, n, &begin, &end);
+        attn_dense_mask_row(row, first, count, begin, attn_min_i64(end, first + keys));
+    }
+    kernels->softmax(rows, s, STEP, count, state->m, state->l, alpha);
+    for (int64_t r = 0; r < rows; r++) {
+        if (alpha[r] != 1.0f) {
+            kernels->scale(state->o + r * p->dv_pad, p->dv, alpha[r]);
+        }
+        for (int64_t j = 0; j < keys && p->in->v_scale != NULL; j++) {
+            s[r * STEP + j] *= attn_dense_row_scale(p->in->v_scale, b, kv, first + j);
+        }
+    }
+    kernels->decode_values(state->o, p->dv_pad, s, STEP, rows, attn_dense_row(v, b, kv, first), v->dtype, v->stride[2], keys,
+                           p->dv);
+}
+
+/* Merge the parts of one row in order, the sink first. */
+static void merge_row(const dense_problem *p, const part_state *parts, int64_t count, int64_t row, int64_t h, float *o, double *lse)
+{
+    float sink_m, sink_l;
+    attn_dense_begin_row(p, h, &sink_m, &sink_l);
+    float top = sink_m;
+    for (int64_t i = 0; i < count; i++) {
+        top = parts[i].m[row] > top ? parts[i].m[row] : top;
+    }
+    float shift = top == -INFINITY ? 0 : top;
+    double sum = sink_l > 0 ? exp2((double)sink_m - (double)shift) : 0;
+    memset(o, 0, (size_t)p->dv_pad * sizeof *o);
+    for (int64_t i = 0; i < count; i++) {
+        double weight = exp2((double)parts[i].m[row] - (double)shift);
+        if (weight != 0) {
+            sum += weight * (double)parts[i].l[row];
+            p->kernels->axpy(o, parts[i].o + row * p->dv_pad, p->dv, (float)weight);
+        }
+    }
+    p->kernels->scale(o, p->dv, sum == 0 ? 0 : (float)(1 / sum));
+    *lse = sum == 0 ? -INFINITY : ((double)shift + log2(sum)) * ATTN_LN2;
+}
+
+attn_status attn_dense_decode(const dense_problem *p, const attn_tensor *o, const attn_tensor *lse, attn_arena *arena, int threads)
+{
+    int64_t pairs = p->batch * p->kv_heads, rows = p->group * p->n, parts = attn_ceil_div(p->m, PART);
+    part_state *states = attn_arena_array(arena, (size_t)(pairs * parts), sizeof *states);
+    float *memory = attn_arena_array(arena, (size_t)(pairs * parts), (size_t)(rows * (p->dv_pad + 2)) * sizeof(float));
+    float *q = attn_arena_array(arena, (size_t)(pairs * rows), (size_t)p->d * sizeof(float));
+    float *scores = attn_arena_array(arena, (size_t)threads, MOST_ROWS * STEP * sizeof(float));
+    float *results = attn_arena_array(arena, (size_t)threads, (size_t)p->dv_pad * sizeof(float));
+    if (states == NULL || memory == NULL || q == NULL || scores == NULL || results == NULL) {
+        return attn_fail_memory((size_t)(pairs * parts * rows * p->dv_pad) * sizeof(float));
+    }
+    float factor = (float)(p->base2 ? p->scale * ATTN_LOG2E : p->scale);
+    /* Keys that no query sees are not read: the queries' ranges begin and end in order. */
+#pragma omp parallel num_threads(threads)
+    {
+        float *s = scores + (int64_t)omp_get_thread_num() * MOST_ROWS * STEP;
+        float *result = results + (int64_t)omp_get_thread_num() * p->dv_pad;
+#pragma omp for schedule(static)
+        for (int64_t i = 0; i < pairs * rows; i++) {
+            int64_t pair = i / rows, r = i % rows;
+            attn_dense_load_row(p, q + i * p->d, &p->in->q, pair / p->kv_heads, pair % p->kv_heads * p->group + r / p->n,
+                                r % p->n, p->d, factor);
+        }
+#pragma omp for schedule(dynamic, 1)
+        for (int64_t i = 0; i < pairs * parts; i++) {
+            int64_t pair = i / parts, b = pair / p->kv_heads, kv = pair % p->kv_heads, low, high, unused;
+            part_state *state = &states[i];
+            float *own = memory + i * rows * (p->dv_pad + 2);
+            *state = (part_state){own, own + rows * p->dv_pad, own + rows * (p->dv_pad + 1)};
+            memset(state->o, 0, (size_t)(rows * p->dv_pad) * sizeof(float));
+            for (int64_t r = 0; r < rows; r++) {
+                state->m[r] = -INFINITY;
+                state->l[r] = 0;
+            }
+            attn_dense_visible(p, b, 0, &low, &unused);
+            attn_dense_visible(p, b, p->n - 1, &unused, &high);
+            low = attn_max_i64(low, i % parts * PART);
+            high = attn_min_i64(high, (i % parts + 1) * PART);
+            for (int64_t first = low; first < high; first += STEP) {
+                attend_step(p, q + pair * rows * p->d, s, state, b, kv, first, attn_min_i64(STEP, high - first));
+            }
+        }
+#pragma omp for schedule(static)
+        for (int64_t i = 0; i < pairs * rows; i++) {
+            int64_t pair = i / rows, r = i % rows, b = pair / p->kv_heads, h = pair % p->kv_heads * p->group + r / p->n;
+            double sum;
+            merge_row(p, states + pair * parts, parts, r, h, result, &sum);
+            attn_dense_store_row(o, b, h, r % p->n, result, p->dv);
+            if (lse != NULL) {
+                ((float *)lse->data)[b * lse->stride[0] + h * lse->stride[1] + r % p->n * lse->stride[2]] = (float)sum;
+            }
+        }
+    }
+    return ATTN_OK;
+}

@@ -1,0 +1,27 @@
+/* Row-wise operations of transformers in float32: norms, rotary positions, gated activations. */
+#ifndef ATTN_KERNEL_ROWS_H
+#define ATTN_KERNEL_ROWS_H
+
+#include "kernel/dispatch.h"
+
+#include <stdint.h>
+
+typedef struct attn_row_kernels {
+    /* out = x / sqrt(mean(x^2) + epsilon) * weight; out may be x. */
+    void (*rms_norm)(const float *x, const float *weight, int64_t n, float epsilon, float *out);
+    /* (x[i], x[i + half]) rotated by the angle of cosine[i], sine[i]. */
+    void (*rotate)(float *x, int64_t half, const float *cosine, const float *sine);
+    void (*add)(float *x, const float *y, int64_t n); /* x += y */
+    void (*scale)(float *x, float factor, int64_t n);
+    /* gate = silu(gate) * up, and gelu (the tanh form) */
+    void (*silu_gate)(float *gate, const float *up, int64_t n);
+    void (*gelu_gate)(float *gate, const float *up, int64_t n);
+    void (*to_f16)(const float *x, int64_t n, uint16_t *out);
+    void (*to_bf16)(const float *x, int64_t n, uint16_t *out);
+    /* out * (the result) = x, out in -127 ... 127 */
+    float (*to_i8)(const float *x, int64_t n, int8_t *out);
+} attn_row_kernels;
+
+ATTN_KERNEL_TABLES(attn_row_kernels, attn_row_kernels_table);
+
+#endif

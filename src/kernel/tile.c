@@ -1,0 +1,604 @@
+#include "kernel/tile.h"
+#include "kernel/vec.h"
+#include "tensor/half.h"
+
+/* Shape of the register tile: all accumulators, a row of B and a broadcast fit the registers. */
+#if V_REGISTERS == 32
+#define MR 6
+#define NV 4
+#else
+#define MR 4
+#define NV 2
+#endif
+#define NR (NV * VW)
+
+/* ---- Products ---- */
+
+VINLINE void micro(const int rows, const int vectors, int64_t k, const float *a, int64_t a_row, int64_t a_col,
+                   const float *b, int64_t ldb, float *c, int64_t ldc, int last, int add)
+{
+    vf acc[MR][NV];
+#pragma GCC unroll 6
+    for (int i = 0; i < rows; i++) {
+#pragma GCC unroll 4
+        for (int j = 0; j < vectors; j++) {
+            acc[i][j] = v_zero();
+        }
+    }
+    for (int64_t l = 0; l < k; l++) {
+        vf row[NV];
+#pragma GCC unroll 4
+        for (int j = 0; j < vectors; j++) {
+            row[j] = v_load(b + j * VW);
+        }
+#pragma GCC unroll 6
+        for (int i = 0; i < rows; i++) {
+            vf x = v_set1(a[i * a_row]);
+#pragma GCC unroll 4
+            for (int j = 0; j < vectors; j++) {
+                acc[i][j] = v_fma(x, row[j], acc[i][j]);
+            }
+        }
+        a += a_col;
+        b += ldb;
+    }
+#pragma GCC unroll 6
+    for (int i = 0; i < rows; i++) {
+#pragma GCC unroll 4
+        for (int j = 0; j < vectors; j++) {
+            float *to = c + i * ldc + j * VW;
+            int lanes = j == vectors - 1 ? last : VW;
+            if (lanes == VW) {
+                v_store(to, add ? v_add(v_load(to), acc[i][j]) : acc[i][j]);
+            } else {
+                v_store_n(to, add ? v_add(v_load_n(to, lanes), acc[i][j]) : acc[i][j], lanes);
+            }
+        }
+    }
+}
+
+/* The number of rows and vectors as constants, so that the tile stays in registers. */
+VINLINE void micro_rows(const int vectors, int rows, int64_t k, const float *a, int64_t a_row, int64_t a_col,
+                        const float *b, int64_t ldb, float *c, int64_t ldc, int last, int add)
+{
+    switch (rows) {
+#if MR == 6
+    case 6: micro(6, vectors, k, a, a_row, a_col, b, ldb, c, ldc, last, add); break;
+    case 5: micro(5, vectors, k, a, a_row, a_col, b, ldb, c, ldc, last, add); break;
+#endif
+    case 4: micro(4, vectors, k, a, a_row, a_col, b, ldb, c, ldc, last, add); break;
+    case 3: micro(3, vectors, k, a, a_row, a_col, b, ldb, c, ldc, last, add); break;
+    case 2: micro(2, vectors, k, a, a_row, a_col, b, ldb, c, ldc, last, add); break;
+    default: micro(1, vectors, k, a, a_row, a_col, b, ldb, c, ldc, last, add); break;
+    }
+}
+
+static void product(int64_t m, int64_t n, int64_t k, const float *a, int64_t a_row, int64_t a_col, const float *b,
+                    int64_t ldb, int64_t b_panel, float *c, int64_t ldc, int add)
+{
+    for (int64_t j = 0; j < n; j += NR) {
+        const float *panel = b + j / NR * b_panel;
+        int64_t columns = n - j < NR ? n - j : NR;
+        int vectors = (int)((columns + VW - 1) / VW), last = (int)(columns - (vectors - 1) * VW);
+        for (int64_t i = 0; i < m; i += MR) {
+            int rows = (int)(m - i < MR ? m - i : MR);
+            const float *from = a + i * a_row;
+            float *to = c + i * ldc + j;
+            switch (vectors) {
+#if NV == 4
+            case 4: micro_rows(4, rows, k, from, a_row, a_col, panel, ldb, to, ldc, last, add); break;
+            case 3: micro_rows(3, rows, k, from, a_row, a_col, panel, ldb, to, ldc, last, add); break;
+#endif
+            case 2: micro_rows(2, rows, k, from, a_row, a_col, panel, ldb, to, ldc, last, add); break;
+            default: micro_rows(1, rows, k, from, a_row, a_col, panel, ldb, to, ldc, last, add); break;
+            }
+        }
+    }
+}
+
+/* ---- Rows ---- */
+
+/* 2^x to about 1 ulp: degree-6 polynomial (relative error 2e-9) on the fraction. Below -149 the result is 0; NaN stays (the order of
+ * the maximum's arguments matters for that). */
+VINLINE vf v_exp2(vf x)
+{
+    x = v_max(v_set1(-200.0f), x);
+    vf n = v_round(x);
+    vf r = v_sub(x, n);
+    vf p = v_set1(0x1.41d333p-13f);
+    p = v_fma(p, r, v_set1(0x1.5f456ap-10f));
+    p = v_fma(p, r, v_set1(0x1.3b2dbcp-7f));
+    p = v_fma(p, r, v_set1(0x1.c6aed4p-5f));
+    p = v_fma(p, r, v_set1(0x1.ebfbdap-3f));
+    p = v_fma(p, r, v_set1(0x1.62e430p-1f));
+    p = v_fma(p, r, v_set1(1.0f));
+    return v_scale2(p, n);
+}
+
+static void softmax(int64_t rows, float *s, int64_t lds, int64_t count, float *m, float *l, float *alpha)
+{
+    for (int64_t i = 0; i < rows; i++, s += lds) {
+        vf top = v_load(s);
+        for (int64_t j = VW; j < count; j += VW) {
+            top = v_max(top, v_load(s + j));
+        }
+        float before = m[i], now = v_top(top);
+        now = now > before ? now : before;
+        /* A row that has seen nothing yet: any finite shift gives zeros. */
+        vf shift = v_set1(now == -INFINITY ? 0.0f : now);
+        vf sum0 = v_zero(), sum1 = v_zero();
+        int64_t j = 0;
+        for (; j + 2 * VW <= count; j += 2 * VW) {
+            vf p = v_exp2(v_sub(v_load(s + j), shift)), q = v_exp2(v_sub(v_load(s + j + VW), shift));
+            v_store(s + j, p);
+            v_store(s + j + VW, q);
+            sum0 = v_add(sum0, p);
+            sum1 = v_add(sum1, q);
+        }
+        for (; j < count; j += VW) {
+            vf p = v_exp2(v_sub(v_load(s + j), shift));
+            v_store(s + j, p);
+            sum0 = v_add(sum0, p);
+        }
+        alpha[i] = now == before ? 1.0f : exp2f(before - now);
+        m[i] = now;
+        l[i] = l[i] * alpha[i] + v_sum(v_add(sum0, sum1));
+    }
+}
+
+static void exp2_row(float *s, int64_t count, float shift)
+{
+    vf by = v_set1(shift);
+    int64_t j = 0;
+    for (; j + VW <= count; j += VW) {
+        v_store(s + j, v_exp2(v_sub(v_load(s + j), by)));
+    }
+    if (j < count) {
+        int rest = (int)(count - j);
+        v_store_n(s + j, v_exp2(v_sub(v_load_n(s + j, rest), by)), rest);
+    }
+}
+
+static void scale(float *x, int64_t count, float factor)
+{
+    vf by = v_set1(factor);
+    int64_t j = 0;
+    for (; j + VW <= count; j += VW) {
+        v_store(x + j, v_mul(v_load(x + j), by));
+    }
+    if (j < count) {
+        int rest = (int)(count - j);
+        v_store_n(x + j, v_mul(v_load_n(x + j, rest), by), rest);
+    }
+}
+
+static void softcap(float *s, int64_t count, float cap)
+{
+    /* tanh(x) = 1 - 2 / (e^2x + 1), 2x in base 2. */
+    vf in = v_set1(2.0f * 1.44269504088896341f / cap), limit = v_set1(cap);
+    for (int64_t j = 0; j < count; j += VW) {
+        int rest = count - j < VW ? (int)(count - j) : VW;
+        vf x = v_load_n(s + j, rest);
+        vf e = v_exp2(v_min(v_mul(x, in), v_set1(126.0f)));
+        vf t = v_sub(v_set1(1.0f), v_div(v_set1(2.0f), v_add(e, v_set1(1.0f))));
+        v_store_n(s + j, v_mul(t, limit), rest);
+    }
+}
+
+static void axpy(float *to, const float *from, int64_t count, float factor)
+{
+    vf by = v_set1(factor);
+    int64_t j = 0;
+    for (; j + VW <= count; j += VW) {
+        v_store(to + j, v_fma(v_load(from + j), by, v_load(to + j)));
+    }
+    if (j < count) {
+        int rest = (int)(count - j);
+        v_store_n(to + j, v_fma(v_load_n(from + j, rest), by, v_load_n(to + j, rest)), rest);
+    }
+}
+
+static float dot(const float *a, const float *b, int64_t count)
+{
+    vf s0 = v_zero(), s1 = v_zero();
+    int64_t j = 0;
+    for (; j + 2 * VW <= count; j += 2 * VW) {
+        s0 = v_fma(v_load(a + j), v_load(b + j), s0);
+        s1 = v_fma(v_load(a + j + VW), v_load(b + j + VW), s1);
+    }
+    for (; j < count; j += VW) {
+        int rest = count - j < VW ? (int)(count - j) : VW;
+        s0 = v_fma(v_load_n(a + j, rest), v_load_n(b + j, rest), s0);
+    }
+    return v_sum(v_add(s0, s1));
+}
+
+static void grad_row(float *ds, const float *p, int64_t count, float delta)
+{
+    vf by = v_set1(delta);
+    int64_t j = 0;
+    for (; j + VW <= count; j += VW) {
+        v_store(ds + j, v_mul(v_load(p + j), v_sub(v_load(ds + j), by)));
+    }
+    if (j < count) {
+        int rest = (int)(count - j);
+        v_store_n(ds + j, v_mul(v_load_n(p + j, rest), v_sub(v_load_n(ds + j, rest), by)), rest);
+    }
+}
+
+/* ---- Other data types ---- */
+
+VINLINE vf load_as(const void *from, const attn_dtype dtype, int64_t at)
+{
+    switch (dtype) {
+    case ATTN_F16: return v_load_f16((const uint16_t *)from + at);
+    case ATTN_BF16: return v_load_bf16((const uint16_t *)from + at);
+    case ATTN_I8: return v_load_i8((const int8_t *)from + at);
+    default: return v_load((const float *)from + at);
+    }
+}
+
+VINLINE float load_one(const void *from, const attn_dtype dtype, int64_t at)
+{
+    switch (dtype) {
+    case ATTN_F16: return attn_f16_to_f32(((const uint16_t *)from)[at]);
+    case ATTN_BF16: return attn_bf16_to_f32(((const uint16_t *)from)[at]);
+    case ATTN_I8: return ((const int8_t *)from)[at];
+    default: return ((const float *)from)[at];
+    }
+}
+
+VINLINE vf load_as_n(const void *from, const attn_dtype dtype, int64_t at, int lanes)
+{
+    if (dtype == ATTN_F32) {
+        return v_load_n((const float *)from + at, lanes);
+    }
+    float row[VW] = {0};
+    for (int i = 0; i < lanes; i++) {
+        row[i] = load_one(from, dtype, at + i);
+    }
+    return v_load(row);
+}
+
+VINLINE void load_row_as(float *to, const void *from, const attn_dtype dtype, int64_t count, float factor)
+{
+    vf by = v_set1(factor);
+    int64_t j = 0;
+    for (; j + VW <= count; j += VW) {
+        v_store(to + j, v_mul(load_as(from, dtype, j), by));
+    }
+    if (j < count) {
+        v_store_n(to + j, v_mul(load_as_n(from, dtype, j, (int)(count - j)), by), (int)(count - j));
+    }
+}
+
+/* One copy of `body` per data type, with `dtype` a constant in it. */
+#define BY_DTYPE(body)                     \
+    switch (dtype_) {                      \
+    case ATTN_F16: {                       \
+        const attn_dtype dtype = ATTN_F16; \
+        body;                              \
+        break;                             \
+    }                                      \
+    case ATTN_BF16: {                      \
+        const attn_dtype dtype = ATTN_BF16; \
+        body;                              \
+        break;                             \
+    }                                      \
+    case ATTN_I8: {                        \
+        const attn_dtype dtype = ATTN_I8;  \
+        body;                              \
+        break;                             \
+    }                                      \
+    default: {                             \
+        const attn_dtype dtype = ATTN_F32; \
+        body;                              \
+        break;                             \
+    }                                      \
+    }
+
+static void load_row(float *to, const void *from, attn_dtype dtype_, int64_t count, float factor)
+{
+    BY_DTYPE(load_row_as(to, from, dtype, count, factor))
+}
+
+#if defined(ATTN_ISA_AVX512)
+/* 16 rows of 16 numbers transposed in registers. */
+VINLINE void transpose_16(vf x[16])
+{
+    vf t[16];
+#pragma GCC unroll 8
+    for (int i = 0; i < 8; i++) {
+        t[2 * i] = _mm512_unpacklo_ps(x[2 * i], x[2 * i + 1]);
+        t[2 * i + 1] = _mm512_unpackhi_ps(x[2 * i], x[2 * i + 1]);
+    }
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; i++) {
+        __m512d a = _mm512_castps_pd(t[4 * i]), b = _mm512_castps_pd(t[4 * i + 2]);
+        __m512d c = _mm512_castps_pd(t[4 * i + 1]), d = _mm512_castps_pd(t[4 * i + 3]);
+        x[4 * i] = _mm512_castpd_ps(_mm512_unpacklo_pd(a, b));
+        x[4 * i + 1] = _mm512_castpd_ps(_mm512_unpackhi_pd(a, b));
+        x[4 * i + 2] = _mm512_castpd_ps(_mm512_unpacklo_pd(c, d));
+        x[4 * i + 3] = _mm512_castpd_ps(_mm512_unpackhi_pd(c, d));
+    }
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; i++) {
+        t[i] = _mm512_shuffle_f32x4(x[i], x[i + 4], 0x88);
+        t[i + 4] = _mm512_shuffle_f32x4(x[i], x[i + 4], 0xdd);
+        t[i + 8] = _mm512_shuffle_f32x4(x[i + 8], x[i + 12], 0x88);
+        t[i + 12] = _mm512_shuffle_f32x4(x[i + 8], x[i + 12], 0xdd);
+    }
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; i++) {
+        x[i] = _mm512_shuffle_f32x4(t[i], t[i + 8], 0x88);
+        x[i + 4] = _mm512_shuffle_f32x4(t[i + 4], t[i + 12], 0x88);
+        x[i + 8] = _mm512_shuffle_f32x4(t[i], t[i + 8], 0xdd);
+        x[i + 12] = _mm512_shuffle_f32x4(t[i + 4], t[i + 12], 0xdd);
+    }
+}
+#endif
+
+VINLINE void pack_transposed_as(float *to, int64_t ld, const void *from, const attn_dtype dtype, int64_t stride, int64_t rows,
+                                int64_t count)
+{
+    int64_t done = 0;
+#if defined(ATTN_ISA_AVX512)
+    for (; done + 16 <= rows; done += 16) {
+        int64_t c = 0;
+        for (; c + 16 <= count; c += 16) {
+            vf x[16];
+#pragma GCC unroll 16
+            for (int i = 0; i < 16; i++) {
+                x[i] = load_as(from, dtype, (done + i) * stride + c);
+            }
+            transpose_16(x);
+#pragma GCC unroll 16
+            for (int i = 0; i < 16; i++) {
+                v_store(to + (c + i) * ld + done, x[i]);
+            }
+        }
+        for (; c < count; c++) {
+            for (int i = 0; i < 16; i++) {
+                to[c * ld + done + i] = load_one(from, dtype, (done + i) * stride + c);
+            }
+        }
+    }
+#endif
+    for (; done < rows; done++) {
+        for (int64_t c = 0; c < count; c++) {
+            to[c * ld + done] = load_one(from, dtype, done * stride + c);
+        }
+    }
+}
+
+static void pack_transposed(float *to, int64_t ld, const void *from, attn_dtype dtype_, int64_t stride, int64_t rows,
+                            int64_t count)
+{
+    BY_DTYPE(pack_transposed_as(to, ld, from, dtype, stride, rows, count))
+}
+
+/* ---- One-token decoding ---- */
+
+/* Scores of `rows` query rows with two keys at a time, so that the sums of one hide behind the other. */
+VINLINE void scores_as(const int rows, float *s, int64_t lds, const float *q, int64_t ldq, const void *k,
+                       const attn_dtype dtype, int64_t stride, int64_t keys, int64_t d)
+{
+    int64_t whole = d / VW * VW;
+    int rest = (int)(d - whole);
+    for (int64_t j = 0; j < keys; j += 2) {
+        int64_t other = j + 1 < keys ? j + 1 : j;
+        vf acc[4][2];
+#pragma GCC unroll 4
+        for (int r = 0; r < rows; r++) {
+            acc[r][0] = acc[r][1] = v_zero();
+        }
+        for (int64_t c = 0; c < whole; c += VW) {
+            vf x = load_as(k, dtype, j * stride + c), y = load_as(k, dtype, other * stride + c);
+#pragma GCC unroll 4
+            for (int r = 0; r < rows; r++) {
+                vf w = v_load(q + r * ldq + c);
+                acc[r][0] = v_fma(w, x, acc[r][0]);
+                acc[r][1] = v_fma(w, y, acc[r][1]);
+            }
+        }
+        if (rest > 0) {
+            vf x = load_as_n(k, dtype, j * stride + whole, rest), y = load_as_n(k, dtype, other * stride + whole, rest);
+#pragma GCC unroll 4
+            for (int r = 0; r < rows; r++) {
+                vf w = v_load_n(q + r * ldq + whole, rest);
+                acc[r][0] = v_fma(w, x, acc[r][0]);
+                acc[r][1] = v_fma(w, y, acc[r][1]);
+            }
+        }
+#pragma GCC unroll 4
+        for (int r = 0; r < rows; r++) {
+            s[r * lds + j] = v_sum(acc[r][0]);
+            s[r * lds + other] = v_sum(acc[r][1]);
+        }
+    }
+}
+
+#if defined(ATTN_ISA_AVX512)
+/* Four sums at once: lane i of each 128-bit part of the result holds a part of the sum of x_i. */
+VINLINE __m128 sums_of_4(vf a, vf b, vf c, vf d)
+{
+    vf ab = _mm512_add_ps(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b));
+    vf cd = _mm512_add_ps(_mm512_unpacklo_ps(c, d), _mm512_unpackhi_ps(c, d));
+    vf abcd = _mm512_add_ps(_mm512_castpd_ps(_mm512_unpacklo_pd(_mm512_castps_pd(ab), _mm512_castps_pd(cd))),
+                            _mm512_castpd_ps(_mm512_unpackhi_pd(_mm512_castps_pd(ab), _mm512_castps_pd(cd))));
+    __m256 half = _mm256_add_ps(_mm512_castps512_ps256(abcd), _mm512_extractf32x8_ps(abcd, 1));
+    return _mm_add_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1));
+}
+
+/* Four keys at a time. */
+VINLINE int64_t scores_by_4(const int rows, float *s, int64_t lds, const float *q, int64_t ldq, const void *k,
+                            const attn_dtype dtype, int64_t stride, int64_t keys, int64_t d)
+{
+    if (d % VW != 0) {
+        return 0;
+    }
+    int64_t j = 0;
+    for (; j + 4 <= keys; j += 4) {
+        vf acc[4][4];
+#pragma GCC unroll 4
+        for (int r = 0; r < rows; r++) {
+#pragma GCC unroll 4
+            for (int i = 0; i < 4; i++) {
+                acc[r][i] = v_zero();
+            }
+        }
+        for (int64_t c = 0; c < d; c += VW) {
+            vf x[4];
+#pragma GCC unroll 4
+            for (int i = 0; i < 4; i++) {
+                x[i] = load_as(k, dtype, (j + i) * stride + c);
+            }
+#pragma GCC unroll 4
+            for (int r = 0; r < rows; r++) {
+                vf w = v_load(q + r * ldq + c);
+#pragma GCC unroll 4
+                for (int i = 0; i < 4; i++) {
+                    acc[r][i] = v_fma(w, x[i], acc[r][i]);
+                }
+            }
+        }
+#pragma GCC unroll 4
+        for (int r = 0; r < rows; r++) {
+            _mm_storeu_ps(s + r * lds + j, sums_of_4(acc[r][0], acc[r][1], acc[r][2], acc[r][3]));
+        }
+    }
+    return j;
+}
+#endif
+
+VINLINE void scores_rows(const int rows, float *s, int64_t lds, const float *q, int64_t ldq, const void *k,
+                         const attn_dtype dtype, int64_t stride, int64_t keys, int64_t d)
+{
+    int64_t done = 0;
+#if defined(ATTN_ISA_AVX512)
+    done = scores_by_4(rows, s, lds, q, ldq, k, dtype, stride, keys, d);
+#endif
+    const char *rest = (const char *)k + done * stride * (dtype == ATTN_F32 ? 4 : dtype == ATTN_I8 ? 1 : 2);
+    scores_as(rows, s + done, lds, q, ldq, rest, dtype, stride, keys - done, d);
+}
+
+VINLINE void scores_any(float *s, int64_t lds, const float *q, int64_t ldq, int64_t rows, const void *k,
+                        const attn_dtype dtype, int64_t stride, int64_t keys, int64_t d)
+{
+    for (; rows >= 4; rows -= 4, s += 4 * lds, q += 4 * ldq) {
+        scores_rows(4, s, lds, q, ldq, k, dtype, stride, keys, d);
+    }
+    switch (rows) {
+    case 3: scores_rows(3, s, lds, q, ldq, k, dtype, stride, keys, d); break;
+    case 2: scores_rows(2, s, lds, q, ldq, k, dtype, stride, keys, d); break;
+    case 1: scores_rows(1, s, lds, q, ldq, k, dtype, stride, keys, d); break;
+    default: break;
+    }
+}
+
+static void decode_scores(float *s, int64_t lds, const float *q, int64_t ldq, int64_t rows, const void *k,
+                          attn_dtype dtype_, int64_t stride, int64_t keys, int64_t d)
+{
+    BY_DTYPE(scores_any(s, lds, q, ldq, rows, k, dtype, stride, keys, d))
+}
+
+/* `vectors` vectors of columns from column c on, for `rows` rows, over all keys. */
+VINLINE void values_tile(const int rows, const int vectors, float *o, int64_t ldo, const float *p, int64_t ldp,
+                         const void *v, const attn_dtype dtype, int64_t stride, int64_t keys, int64_t c)
+{
+    vf acc[4][4];
+#pragma GCC unroll 4
+    for (int r = 0; r < rows; r++) {
+#pragma GCC unroll 4
+        for (int i = 0; i < vectors; i++) {
+            acc[r][i] = v_load(o + r * ldo + c + i * VW);
+        }
+    }
+    for (int64_t j = 0; j < keys; j++) {
+        vf x[4];
+#pragma GCC unroll 4
+        for (int i = 0; i < vectors; i++) {
+            x[i] = load_as(v, dtype, j * stride + c + i * VW);
+        }
+#pragma GCC unroll 4
+        for (int r = 0; r < rows; r++) {
+            vf w = v_set1(p[r * ldp + j]);
+#pragma GCC unroll 4
+            for (int i = 0; i < vectors; i++) {
+                acc[r][i] = v_fma(w, x[i], acc[r][i]);
+            }
+        }
+    }
+#pragma GCC unroll 4
+    for (int r = 0; r < rows; r++) {
+#pragma GCC unroll 4
+        for (int i = 0; i < vectors; i++) {
+            v_store(o + r * ldo + c + i * VW, acc[r][i]);
+        }
+    }
+}
+
+VINLINE void values_rows(const int rows, float *o, int64_t ldo, const float *p, int64_t ldp, const void *v,
+                         const attn_dtype dtype, int64_t stride, int64_t keys, int64_t dv)
+{
+    int64_t c = 0;
+#if V_REGISTERS == 32
+    for (; c + 4 * VW <= dv; c += 4 * VW) {
+        values_tile(rows, 4, o, ldo, p, ldp, v, dtype, stride, keys, c);
+    }
+#endif
+    for (; c + 2 * VW <= dv; c += 2 * VW) {
+        values_tile(rows, 2, o, ldo, p, ldp, v, dtype, stride, keys, c);
+    }
+    for (; c + VW <= dv; c += VW) {
+        values_tile(rows, 1, o, ldo, p, ldp, v, dtype, stride, keys, c);
+    }
+    for (; c < dv; c++) {
+        for (int r = 0; r < rows; r++) {
+            float sum = o[r * ldo + c];
+            for (int64_t j = 0; j < keys; j++) {
+                sum += p[r * ldp + j] * load_one(v, dtype, j * stride + c);
+            }
+            o[r * ldo + c] = sum;
+        }
+    }
+}
+
+VINLINE void values_any(float *o, int64_t ldo, const float *p, int64_t ldp, int64_t rows, const void *v,
+                        const attn_dtype dtype, int64_t stride, int64_t keys, int64_t dv)
+{
+    for (; rows >= 4; rows -= 4, o += 4 * ldo, p += 4 * ldp) {
+        values_rows(4, o, ldo, p, ldp, v, dtype, stride, keys, dv);
+    }
+    switch (rows) {
+    case 3: values_rows(3, o, ldo, p, ldp, v, dtype, stride, keys, dv); break;
+    case 2: values_rows(2, o, ldo, p, ldp, v, dtype, stride, keys, dv); break;
+    case 1: values_rows(1, o, ldo, p, ldp, v, dtype, stride, keys, dv); break;
+    default: break;
+    }
+}
+
+static void decode_values(float *o, int64_t ldo, const float *p, int64_t ldp, int64_t rows, const void *v,
+                          attn_dtype dtype_, int64_t stride, int64_t keys, int64_t dv)
+{
+    BY_DTYPE(values_any(o, ldo, p, ldp, rows, v, dtype, stride, keys, dv))
+}
+
+extern const attn_tile_kernels ATTN_K(attn_tile_kernels_table);
+const attn_tile_kernels ATTN_K(attn_tile_kernels_table) = {
+    .mr = MR,
+    .nr = NR,
+    .vw = VW,
+    .product = product,
+    .softmax = softmax,
+    .exp2_row = exp2_row,
+    .scale = scale,
+    .softcap = softcap,
+    .axpy = axpy,
+    .dot = dot,
+    .grad_row = grad_row,
+    .load_row = load_row,
+    .pack_transposed = pack_transposed,
+    .decode_scores = decode_scores,
+    .decode_values = decode_values,
+};
