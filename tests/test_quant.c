@@ -116,7 +116,7 @@ static void dequantize_input(const attn_quant_input *input, int is_float, double
         int64_t group = attn_min_i64(ATTN_QUANT_GROUP, input->tokens - first);
         for (int64_t c = 0; c < input->columns; c++) {
             const attn_quant_x *q = input->q + first * input->units + c / 32 * group + (t - first);
-            x[t * input->columns + c] = is_float ? input->x[t * input->columns + c] : (double)q->scale * q->q[c % 32];
+            x[t * input->columns + c] = is_float ? input->x[t * input->columns + c] : (double)q->scale * (128 * q->high[c % 32] + q->low[c % 32]);
         }
     }
 }
@@ -155,7 +155,7 @@ static void one_product(attn_gguf_tensor_type type, int64_t tokens, int64_t rows
     }
     dequantize_input(&input, matrix.format <= ATTN_QUANT_BF16, seen);
     for (int64_t i = 0; i < tokens * columns; i++) {
-        float limit = matrix.format <= ATTN_QUANT_BF16 ? 0.0f : 20.0f / 254.0f * 1.01f;
+        float limit = matrix.format <= ATTN_QUANT_BF16 ? 0.0f : 20.0f / 32512.0f * 1.01f;
         assert_true(fabs(seen[i] - x[i]) <= limit);
     }
     attn_quant_product product = {&matrix, out, rows};

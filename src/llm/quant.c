@@ -173,6 +173,8 @@ static void pack_float_row(unsigned char *panel, int row, const unsigned char *s
     }
 }
 
+static int64_t padded_panels(int64_t rows) { return attn_ceil_div(rows, PAIR) * 2; }
+
 attn_status attn_quant_matrix_pack(attn_quant_matrix *matrix, const attn_gguf_tensor *tensor, int64_t rows,
                                    int64_t columns, int64_t (*source_row)(const void *user, int64_t row),
                                    const void *user, int threads)
@@ -188,10 +190,10 @@ attn_status attn_quant_matrix_pack(attn_quant_matrix *matrix, const attn_gguf_te
     attn_quant_matrix made = {(attn_quant_format)format, rows, columns, 0, NULL};
     made.panel_bytes = is_float(made.format) ? (size_t)columns * ROWS * width
                                              : attn_quant_panel_bytes(made.format, columns / UNIT);
-    int64_t panels = attn_ceil_div(rows, PAIR) * 2;
+    int64_t panels = padded_panels(rows);
     made.data = attn_alloc_array((size_t)panels, made.panel_bytes);
     if (made.data == NULL) {
-        return attn_fail_memory((size_t)panels * made.panel_bytes);
+        return attn_fail_memory(attn_quant_matrix_bytes(&made));
     }
 #pragma omp parallel for num_threads(threads) schedule(static)
     for (int64_t p = 0; p < panels; p++) {
@@ -217,6 +219,11 @@ void attn_quant_matrix_free(attn_quant_matrix *matrix)
 {
     attn_free(matrix->data);
     *matrix = (attn_quant_matrix){0};
+}
+
+size_t attn_quant_matrix_bytes(const attn_quant_matrix *matrix)
+{
+    return (size_t)padded_panels(matrix->rows) * matrix->panel_bytes;
 }
 
 /* ---- One row, exactly ---- */

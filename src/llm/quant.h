@@ -27,6 +27,7 @@ attn_status attn_quant_matrix_pack(attn_quant_matrix *matrix, const attn_gguf_te
                                    int64_t columns, int64_t (*source_row)(const void *user, int64_t row),
                                    const void *user, int threads);
 void attn_quant_matrix_free(attn_quant_matrix *matrix);
+size_t attn_quant_matrix_bytes(const attn_quant_matrix *matrix);
 /* One row in float32, exactly as the format defines it. */
 void attn_quant_matrix_row(const attn_quant_matrix *matrix, int64_t row, float *out);
 

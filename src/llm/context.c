@@ -1,0 +1,777 @@
+/* Evaluation of a transformer over batches of tokens from one or several sequences.
+ *
+ * Shapes: N tokens of a chunk, C the width, H query heads and G key heads of width D, F the hidden width, V the vocabulary.
+ *
+ *     x [N, C] = embedding
+ *     each layer:  q, k, v = W norm(x);  rotate q, k;  cache k, v;  x += W attention(q, cache);  x += W (act(W h) * W h), h = norm(x)
+ *     logits [V] = W norm(x)
+ */
+#include "llm/context.h"
+
+#include "kernel/rows.h"
+
+#include <math.h>
+#include <omp.h>
+#include <time.h>
+
+#define STANDARD_LENGTH 32768
+#define STANDARD_CHUNK 512
+#define EACH_ROWS 12 /* rows of logits that are computed together for `each` */
+
+/* One token of a chunk. */
+typedef struct row {
+    int32_t token;
+    int sequence;
+    int item;         /* of the batch */
+    int64_t index;    /* within its item */
+    int64_t ahead;    /* tokens of the same sequence before it in this chunk */
+    int64_t position;
+} row;
+
+/* Consecutive rows of one sequence. */
+typedef struct segment {
+    int sequence;
+    int64_t begin, count, position;
+} segment;
+
+struct attn_context {
+    const attn_model *model;
+    attn_context_settings settings;
+    int threads;
+    attn_kv *caches;   /* [sequences][layers] */
+    int64_t *lengths;  /* [sequences] */
+    attn_llm_attention *attention; /* [layers] */
+    attn_arena *buffers, *scratch;
+    row *rows;         /* [chunk] */
+    segment *segments; /* [chunk] */
+    float *x, *h, *q, *k, *v, *mixed, *gate, *up; /* rows of C, C, HD, GD, GD, HD, F, F */
+    float *angles[2];  /* per rope: [chunk][cosine, sine][dims / 2] */
+    attn_quant_input in_width, in_heads, in_hidden, in_logits;
+    char *thread_scratch; /* [threads][thread_bytes] */
+    size_t thread_bytes;
+    int64_t *key_counts;
+    float *logits;
+    int64_t logit_rows; /* that `logits` has room for */
+    int answered;       /* items that attn_context_logits() knows */
+    attn_context_stats stats;
+};
+
+static double seconds_now(void)
+{
+    struct timespec t;
+    clock_gettime(CLOCK_MONOTONIC, &t);
+    return (double)t.tv_sec + 1e-9 * (double)t.tv_nsec;
+}
+
+static const attn_row_kernels *kernels(void) { return ATTN_KERNEL_SELECT(attn_row_kernels_table, attn_isa_current()); }
+
+static attn_kv *cache_of(const attn_context *c, int sequence, int64_t layer)
+{
+    return &c->caches[(int64_t)sequence * c->model->info.layers + layer];
+}
+
+/* ---- Creation ---- */
+
+static attn_status check_settings(const attn_model *model, attn_context_settings *s)
+{
+    if (s->length == 0) {
+        s->length = attn_min_i64(model->info.context_length, STANDARD_LENGTH);
+    }
+    if (s->sequences == 0) {
+        s->sequences = 1;
+    }
+    if (s->chunk == 0) {
+        s->chunk = STANDARD_CHUNK;
+    }
+    if (s->length < 1 || s->length > INT32_MAX) {
+        return attn_fail(ATTN_ERR_ARGUMENT, "length is %lld, expected 1 to 2^31 - 1 (0: default)", (long long)s->length);
+    }
+    if (s->sequences < 1 || s->sequences > 1 << 20) {
+        return attn_fail(ATTN_ERR_ARGUMENT, "sequences is %d, expected 1 to 2^20 (0: 1)", s->sequences);
+    }
+    if (s->chunk < 1 || s->chunk > 1 << 20) {
+        return attn_fail(ATTN_ERR_ARGUMENT, "chunk is %lld, expected 1 to 2^20 (0: %d)", (long long)s->chunk,
+                         STANDARD_CHUNK);
+    }
+    if (s->threads < 0 || s->threads > 4096) {
+        return attn_fail(ATTN_ERR_ARGUMENT, "threads is %d, expected 1 to 4096 (0: automatic)", s->threads);
+    }
+    if (s->cache != ATTN_F32 && s->cache != ATTN_F16 && s->cache != ATTN_BF16 && s->cache != ATTN_I8) {
+        return attn_fail(ATTN_ERR_DTYPE, "cache is %s, expected f32, f16, bf16 or i8", attn_dtype_name(s->cache));
+    }
+    s->chunk = attn_min_i64(s->chunk, s->length * s->sequences);
+    return ATTN_OK;
+}
+
+static attn_status make_caches(attn_context *c)
+{
+    const attn_model_info *info = &c->model->info;
+    c->caches = attn_calloc_array((size_t)c->settings.sequences * (size_t)info->layers, sizeof *c->caches);
+    c->lengths = attn_calloc_array((size_t)c->settings.sequences, sizeof *c->lengths);
+    c->attention = attn_calloc_array((size_t)info->layers, sizeof *c->attention);
+    if (c->caches == NULL || c->lengths == NULL || c->attention == NULL) {
+        return attn_fail(ATTN_ERR_MEMORY, "out of memory (%d sequences)", c->settings.sequences);
+    }
+    for (int s = 0; s < c->settings.sequences; s++) {
+        for (int64_t l = 0; l < info->layers; l++) {
+            int64_t window = c->model->layers[l].window, capacity = c->settings.length;
+            if (window > 0) {
+                capacity = attn_min_i64(capacity, window + attn_max_i64(c->settings.chunk, 256));
+            }
+            ATTN_TRY(attn_kv_make(cache_of(c, s, l), info->kv_heads, info->head_width, capacity, window,
+                                  c->settings.cache));
+        }
+    }
+    return ATTN_OK;
+}
+
+static attn_status make_floats(attn_context *c, int64_t rows, int64_t width, float **out)
+{
+    *out = attn_arena_array(c->buffers, (size_t)rows, (size_t)width * sizeof **out);
+    return *out != NULL ? ATTN_OK : attn_fail_memory((size_t)rows * (size_t)width * sizeof **out);
+}
+
+static attn_status make_buffers(attn_context *c)
+{
+    const attn_model_info *info = &c->model->info;
+    int64_t n = c->settings.chunk, q_width = info->heads * info->head_width, k_width = info->kv_heads * info->head_width;
+    ATTN_TRY(attn_arena_create(&c->buffers, 0));
+    ATTN_TRY(attn_arena_create(&c->scratch, 0));
+    c->rows = attn_arena_array(c->buffers, (size_t)n, sizeof *c->rows);
+    c->segments = attn_arena_array(c->buffers, (size_t)n, sizeof *c->segments);
+    c->key_counts = attn_arena_array(c->buffers, (size_t)info->kv_heads, sizeof *c->key_counts);
+    if (c->rows == NULL || c->segments == NULL || c->key_counts == NULL) {
+        return attn_fail_memory((size_t)n * (sizeof *c->rows + sizeof *c->segments));
+    }
+    ATTN_TRY(make_floats(c, n, info->width, &c->x));
+    ATTN_TRY(make_floats(c, n, info->width, &c->h));
+    ATTN_TRY(make_floats(c, n, q_width, &c->q));
+    ATTN_TRY(make_floats(c, n, k_width, &c->k));
+    ATTN_TRY(make_floats(c, n, k_width, &c->v));
+    ATTN_TRY(make_floats(c, n, q_width, &c->mixed));
+    ATTN_TRY(make_floats(c, n, info->hidden, &c->gate));
+    ATTN_TRY(make_floats(c, n, info->hidden, &c->up));
+    for (int i = 0; i < 2 && c->model->ropes[i].frequency != NULL; i++) {
+        ATTN_TRY(make_floats(c, n, c->model->ropes[i].dims, &c->angles[i]));
+    }
+    ATTN_TRY(attn_quant_input_make(&c->in_width, c->buffers, n, info->width));
+    ATTN_TRY(attn_quant_input_make(&c->in_heads, c->buffers, n, q_width));
+    ATTN_TRY(attn_quant_input_make(&c->in_hidden, c->buffers, n, info->hidden));
+    c->in_width.x = c->h;
+    c->in_heads.x = c->mixed;
+    c->in_hidden.x = c->gate;
+    c->in_logits = c->in_width; /* the last norm comes when nothing else needs the memory */
+    c->thread_bytes = attn_quant_scratch_bytes(attn_max_i64(info->width, attn_max_i64(q_width, info->hidden)));
+    c->thread_scratch = attn_arena_array(c->buffers, (size_t)c->threads, c->thread_bytes);
+    return c->thread_scratch != NULL ? ATTN_OK : attn_fail_memory((size_t)c->threads * c->thread_bytes);
+}
+
+attn_status attn_context_create(attn_context **context, const attn_model *model, const attn_context_settings *settings)
+{
+    *context = NULL;
+    attn_context *made = attn_calloc_array(1, sizeof *made);
+    if (made == NULL) {
+        return attn_fail_memory(sizeof *made);
+    }
+    made->model = model;
+    if (settings != NULL) {
+        made->settings = *settings;
+    }
+    attn_status status = check_settings(model, &made->settings);
+    if (status == ATTN_OK) {
+        made->threads = made->settings.threads > 0 ? made->settings.threads : omp_get_max_threads();
+        status = make_caches(made);
+    }
+    if (status == ATTN_OK) {
+        status = make_buffers(made);
+    }
+    if (status != ATTN_OK) {
+        attn_context_destroy(made);
+        return status;
+    }
+    *context = made;
+    return ATTN_OK;
+}
+
+void attn_context_destroy(attn_context *c)
+{
+    if (c == NULL) {
+        return;
+    }
+    for (int64_t i = 0; c->caches != NULL && i < c->settings.sequences * c->model->info.layers; i++) {
+        attn_kv_free(&c->caches[i]);
+    }
+    attn_free(c->caches);
+    attn_free(c->lengths);
+    attn_free(c->attention);
+    attn_arena_destroy(c->buffers);
+    attn_arena_destroy(c->scratch);
+    attn_free(c->logits);
+    attn_free(c);
+}
+
+/* ---- The parts of a layer, run by each thread of a parallel region. `n` rows; barriers between the steps. ---- */
+
+typedef struct worker {
+    attn_context *c;
+    const attn_model_layer *layer;
+    int64_t layer_index, n;
+    int thread, threads;
+} worker;
+
+static int64_t first_row(const worker *w, int thread) { return w->n * thread / w->threads; }
+
+#define EACH_ROW(w, r) for (int64_t r = first_row(w, (w)->thread); r < first_row(w, (w)->thread + 1); r++)
+
+static void *thread_memory(const worker *w) { return w->c->thread_scratch + (size_t)w->thread * w->c->thread_bytes; }
+
+static void multiply(const worker *w, const attn_quant_input *in, const attn_quant_product *products, int count)
+{
+    attn_quant_multiply(in, products, count, thread_memory(w), w->thread, w->threads);
+#pragma omp barrier
+}
+
+/* h = norm(x), quantised. */
+static void norm_rows(const worker *w, const float *weight)
+{
+    int64_t width = w->c->model->info.width;
+    EACH_ROW(w, r) {
+        kernels()->rms_norm(w->c->x + r * width, weight, width, w->c->model->epsilon, w->c->h + r * width);
+        attn_quant_input_row(&w->c->in_width, r);
+    }
+#pragma omp barrier
+}
+
+/* x += update, through the bias and norm that may follow a block. */
+static void add_rows(const worker *w, float *update, const float *bias, const float *post_norm)
+{
+    int64_t width = w->c->model->info.width;
+    EACH_ROW(w, r) {
+        float *u = update + r * width;
+        if (bias != NULL) {
+            kernels()->add(u, bias, width);
+        }
+        if (post_norm != NULL) {
+            kernels()->rms_norm(u, post_norm, width, w->c->model->epsilon, u);
+        }
+        kernels()->add(w->c->x + r * width, u, width);
+    }
+}
+
+/* Heads of one row: bias, norm, rotation. */
+static void finish_heads(const worker *w, float *x, int64_t heads, const float *bias, const float *norm, int64_t r)
+{
+    int64_t width = w->c->model->info.head_width, half = w->c->model->ropes[w->layer->rope].dims / 2;
+    const float *cosine = w->c->angles[w->layer->rope] + r * 2 * half;
+    if (bias != NULL) {
+        kernels()->add(x, bias, heads * width);
+    }
+    for (int64_t h = 0; h < heads; h++) {
+        if (norm != NULL) {
+            kernels()->rms_norm(x + h * width, norm, width, w->c->model->epsilon, x + h * width);
+        }
+        kernels()->rotate(x + h * width, half, cosine, cosine + half);
+    }
+}
+
+/* x to rotated queries, and keys and values in the cache. */
+static void before_attention(const worker *w)
+{
+    attn_context *c = w->c;
+    const attn_model_layer *l = w->layer;
+    const attn_model_info *info = &c->model->info;
+    int64_t q_width = info->heads * info->head_width, k_width = info->kv_heads * info->head_width;
+    const attn_quant_product products[] = {{&l->q, c->q, q_width}, {&l->k, c->k, k_width}, {&l->v, c->v, k_width}};
+    norm_rows(w, l->attention_norm);
+    multiply(w, &c->in_width, products, 3);
+    EACH_ROW(w, r) {
+        float *k = c->k + r * k_width, *v = c->v + r * k_width;
+        finish_heads(w, c->q + r * q_width, info->heads, l->q_bias, l->q_norm, r);
+        finish_heads(w, k, info->kv_heads, l->k_bias, l->k_norm, r);
+        if (l->v_bias != NULL) {
+            kernels()->add(v, l->v_bias, k_width);
+        }
+        attn_kv *kv = cache_of(c, c->rows[r].sequence, w->layer_index);
+        for (int64_t g = 0; g < info->kv_heads; g++) {
+            attn_kv_store(kv, g, c->rows[r].ahead, k + g * info->head_width, v + g * info->head_width);
+        }
+    }
+}
+
+/* What attention mixed, through the output projection and the feed-forward part. */
+static void after_attention(const worker *w)
+{
+    attn_context *c = w->c;
+    const attn_model_layer *l = w->layer;
+    const attn_model_info *info = &c->model->info;
+    const attn_quant_product out = {&l->out, c->h, info->width}, down = {&l->down, c->h, info->width};
+    const attn_quant_product hidden[] = {{&l->gate, c->gate, info->hidden}, {&l->up, c->up, info->hidden}};
+    EACH_ROW(w, r) {
+        attn_quant_input_row(&c->in_heads, r);
+    }
+#pragma omp barrier
+    multiply(w, &c->in_heads, &out, 1);
+    add_rows(w, c->h, l->out_bias, l->post_attention_norm);
+    norm_rows(w, l->ffn_norm);
+    multiply(w, &c->in_width, hidden, 2);
+    EACH_ROW(w, r) {
+        float *gate = c->gate + r * info->hidden, *up = c->up + r * info->hidden;
+        if (c->model->gelu) {
+            kernels()->gelu_gate(gate, up, info->hidden);
+        } else {
+            kernels()->silu_gate(gate, up, info->hidden);
+        }
+        attn_quant_input_row(&c->in_hidden, r);
+    }
+#pragma omp barrier
+    multiply(w, &c->in_hidden, &down, 1);
+    add_rows(w, c->h, NULL, l->post_ffn_norm);
+}
+
+static void run_part(attn_context *c, int64_t layer, int64_t n, void (*part)(const worker *w))
+{
+#pragma omp parallel num_threads(c->threads)
+    {
+        worker w = {c, &c->model->layers[layer], layer, n, omp_get_thread_num(), omp_get_num_threads()};
+        part(&w);
+    }
+}
+
+/* ---- A chunk ---- */
+
+static void embed(attn_context *c, int64_t n)
+{
+    const attn_model *model = c->model;
+    int64_t width = model->info.width;
+#pragma omp parallel for num_threads(c->threads) schedule(static) if (n > 1)
+    for (int64_t r = 0; r < n; r++) {
+        float *x = c->x + r * width;
+        int64_t token = c->rows[r].token;
+        if (model->embedding.data != NULL) {
+            attn_quant_matrix_row(&model->embedding, token, x);
+        } else {
+            const attn_gguf_tensor *t = model->embedding_tensor;
+            size_t bytes = t->bytes / (size_t)t->shape[1];
+            attn_gguf_dequantize(t->type, (const char *)t->data + (size_t)token * bytes, width, x); /* checked when opened */
+        }
+        if (model->embedding_scale != 1) {
+            kernels()->scale(x, model->embedding_scale, width);
+        }
+    }
+}
+
+/* Cosines and sines of all rows: those of a segment's first row, turned on by one position for each next row. */
+static void fill_angles(attn_context *c, int which, int64_t segment_count)
+{
+    const attn_rope *rope = &c->model->ropes[which];
+    int64_t half = rope->dims / 2;
+#pragma omp parallel for num_threads(c->threads) schedule(static) if (segment_count == 1 && c->segments[0].count > 8)
+    for (int64_t i = 0; i < half; i++) {
+        double step_c = cos(rope->frequency[i]), step_s = sin(rope->frequency[i]);
+        for (int64_t s = 0; s < segment_count; s++) {
+            const segment *seg = &c->segments[s];
+            double angle = (double)rope->frequency[i] * (double)seg->position, re = cos(angle), im = sin(angle);
+            float *to = c->angles[which] + seg->begin * 2 * half + i;
+            for (int64_t r = 0; r < seg->count; r++, to += 2 * half) {
+                to[0] = (float)re * rope->magnitude;
+                to[half] = (float)im * rope->magnitude;
+                double next = re * step_c - im * step_s;
+                im = re * step_s + im * step_c;
+                re = next;
+            }
+        }
+    }
+}
+
+static attn_tensor cache_view(const attn_kv *kv, void *data, attn_dtype dtype, int64_t count, int64_t width)
+{
+    int64_t shape[3] = {kv->heads, count, width};
+    attn_tensor view = attn_tensor_make(data, dtype, width > 1 ? 3 : 2, shape);
+    view.stride[0] = kv->capacity * width;
+    return view;
+}
+
+static attn_tensor row_view(float *data, int64_t heads, int64_t count, int64_t width)
+{
+    int64_t shape[3] = {heads, count, width};
+    attn_tensor view = attn_tensor_make(data, ATTN_F32, 3, shape);
+    view.stride[0] = width;
+    view.stride[1] = heads * width;
+    return view;
+}
+
+/* Pairs of queries and keys that attention sees, for one head with `before` keys ahead of the `n` queries. */
+static double count_pairs(int64_t before, int64_t n, int64_t window)
+{
+    double pairs = 0;
+    if (window == 0) {
+        return (double)n * (double)before + (double)n * (double)(n + 1) / 2;
+    }
+    for (int64_t i = 1; i <= n; i++) {
+        pairs += (double)attn_min_i64(before + i, window);
+    }
+    return pairs;
+}
+
+static attn_status attend(attn_context *c, int64_t layer, const segment *s)
+{
+    const attn_model_info *info = &c->model->info;
+    attn_kv *kv = cache_of(c, s->sequence, layer);
+    const attn_llm_attention *mechanism = &c->attention[layer];
+    int64_t most = 0, group = info->heads / info->kv_heads, q_width = info->heads * info->head_width;
+    for (int64_t g = 0; g < info->kv_heads; g++) {
+        c->key_counts[g] = kv->counts[g] + s->count;
+        most = attn_max_i64(most, c->key_counts[g]);
+        c->stats.attention_flops += 4.0 * (double)(info->head_width * group) * count_pairs(kv->counts[g], s->count, kv->window);
+        for (int64_t i = 0; i < s->count && kv->positions != NULL; i++) {
+            kv->positions[g][kv->counts[g] + i] = s->position + i;
+        }
+    }
+    attn_llm_call call = {
+        .model = c->model, .layer = (int)layer, .sequence = s->sequence, .position = s->position,
+        .q = row_view(c->q + s->begin * q_width, info->heads, s->count, info->head_width),
+        .o = row_view(c->mixed + s->begin * q_width, info->heads, s->count, info->head_width),
+        .k = cache_view(kv, kv->k, kv->dtype, most, info->head_width),
+        .v = cache_view(kv, kv->v, kv->dtype, most, info->head_width),
+        .key_counts = c->key_counts, .key_positions = (const int64_t *const *)kv->positions,
+        .scale = c->model->attention_scale, .softcap = c->model->attention_softcap, .window = kv->window,
+        .exec = {c->threads, c->scratch},
+    };
+    if (kv->dtype == ATTN_I8) {
+        call.k_scale = cache_view(kv, kv->k_scale, ATTN_F32, most, 1);
+        call.v_scale = cache_view(kv, kv->v_scale, ATTN_F32, most, 1);
+    }
+    attn_status (*compute)(void *, const attn_llm_call *) = s->count > 1 ? mechanism->prefill : mechanism->decode;
+    return compute != NULL ? compute(mechanism->user, &call) : attn_llm_exact(&call, 0, info->kv_heads);
+}
+
+static attn_status run_layers(attn_context *c, int64_t n, int64_t segment_count, double done, double share)
+{
+    int64_t layers = c->model->info.layers;
+    c->in_width.tokens = c->in_heads.tokens = c->in_hidden.tokens = n;
+    for (int64_t layer = 0; layer < layers; layer++) {
+        if (c->settings.progress != NULL &&
+            c->settings.progress(c->settings.user, done + share * (double)layer / (double)layers) != 0) {
+            return attn_fail(ATTN_ERR_CANCELLED, "evaluation was cancelled");
+        }
+        for (int64_t s = 0; s < segment_count; s++) {
+            ATTN_TRY(attn_kv_reserve(cache_of(c, c->segments[s].sequence, layer), c->segments[s].count));
+        }
+        double start = seconds_now();
+        run_part(c, layer, n, before_attention);
+        double middle = seconds_now();
+        for (int64_t s = 0; s < segment_count; s++) {
+            ATTN_TRY(attend(c, layer, &c->segments[s]));
+        }
+        double end = seconds_now();
+        run_part(c, layer, n, after_attention);
+        c->stats.attention_seconds += end - middle;
+        c->stats.linear_seconds += middle - start + seconds_now() - end;
+    }
+    return ATTN_OK;
+}
+
+static void commit(attn_context *c, int64_t segment_count)
+{
+    for (int64_t s = 0; s < segment_count; s++) {
+        const segment *seg = &c->segments[s];
+        for (int64_t l = 0; l < c->model->info.layers; l++) {
+            attn_kv_advance(cache_of(c, seg->sequence, l), seg->count, seg->position);
+        }
+        c->lengths[seg->sequence] += seg->count;
+        c->stats.tokens += seg->count;
+    }
+    size_t bytes = 0;
+    for (int64_t i = 0; i < c->settings.sequences * c->model->info.layers; i++) {
+        bytes += attn_kv_bytes(&c->caches[i]);
+    }
+    c->stats.cache_bytes = bytes;
+    c->stats.cache_peak_bytes = bytes > c->stats.cache_peak_bytes ? bytes : c->stats.cache_peak_bytes;
+}
+
+static attn_status update_caches(attn_context *c, int64_t segment_count)
+{
+    for (int64_t l = 0; l < c->model->info.layers; l++) {
+        const attn_llm_attention *mechanism = &c->attention[l];
+        for (int64_t s = 0; s < segment_count && mechanism->update != NULL; s++) {
+            ATTN_TRY(mechanism->update(mechanism->user, c, c->segments[s].sequence, (int)l));
+        }
+    }
+    return ATTN_OK;
+}
+
+/* ---- Logits ---- */
+
+static attn_status reserve_logits(attn_context *c, int64_t rows)
+{
+    if (rows > c->logit_rows) {
+        attn_free(c->logits);
+        c->logits = attn_alloc_array((size_t)rows, (size_t)c->model->info.vocabulary * sizeof *c->logits);
+        c->logit_rows = c->logits != NULL ? rows : 0;
+    }
+    return c->logits != NULL ? ATTN_OK
+                             : attn_fail_memory((size_t)rows * (size_t)c->model->info.vocabulary * sizeof *c->logits);
+}
+
+/* Logits of the rows from[0 ... count - 1] of x into out. */
+static void compute_logits(attn_context *c, const int64_t *from, int64_t count, float *out)
+{
+    int64_t width = c->model->info.width, vocabulary = c->model->info.vocabulary;
+    for (int64_t i = 0; i < count; i++) {
+        kernels()->rms_norm(c->x + from[i] * width, c->model->output_norm, width, c->model->epsilon, c->h + i * width);
+    }
+    c->in_logits.tokens = count;
+    for (int64_t i = 0; i < count; i++) {
+        attn_quant_input_row(&c->in_logits, i);
+    }
+    const attn_quant_product product = {attn_model_output(c->model), out, vocabulary};
+    float cap = c->model->output_softcap;
+#pragma omp parallel num_threads(c->threads)
+    {
+        worker w = {c, NULL, 0, count, omp_get_thread_num(), omp_get_num_threads()};
+        multiply(&w, &c->in_logits, &product, 1);
+        if (cap > 0) {
+#pragma omp for schedule(static)
+            for (int64_t i = 0; i < count * vocabulary; i++) {
+                out[i] = cap * tanhf(out[i] / cap);
+            }
+        }
+    }
+}
+
+/* All rows of the chunk, a few at a time. */
+static attn_status give_each(attn_context *c, int64_t n, attn_context_each each, void *user)
+{
+    ATTN_TRY(reserve_logits(c, attn_min_i64(n, EACH_ROWS)));
+    for (int64_t begin = 0; begin < n; begin += EACH_ROWS) {
+        int64_t count = attn_min_i64(EACH_ROWS, n - begin), from[EACH_ROWS];
+        for (int64_t i = 0; i < count; i++) {
+            from[i] = begin + i;
+        }
+        compute_logits(c, from, count, c->logits);
+        for (int64_t i = 0; i < count; i++) {
+            const row *r = &c->rows[begin + i];
+            if (each(user, r->item, r->index, c->logits + i * c->model->info.vocabulary) != 0) {
+                return attn_fail(ATTN_ERR_CANCELLED, "evaluation was cancelled");
+            }
+        }
+    }
+    return ATTN_OK;
+}
+
+/* The rows that end an item. Items come in order, so their logits are neighbours. */
+static void answer_last(attn_context *c, int64_t n, const attn_context_batch *batch)
+{
+    int64_t from[EACH_ROWS], count = 0;
+    for (int64_t r = 0; r < n; r++) {
+        if (c->rows[r].index == batch[c->rows[r].item].count - 1) {
+            from[count++] = r;
+        }
+        if (count == EACH_ROWS || (r == n - 1 && count > 0)) {
+            compute_logits(c, from, count, c->logits + c->answered * c->model->info.vocabulary);
+            c->answered += (int)count;
+            count = 0;
+        }
+    }
+}
+
+/* ---- Evaluation ---- */
+
+static attn_status check_batch(const attn_context *c, const attn_context_batch *batch, int count)
+{
+    if (count < 1 || batch == NULL) {
+        return attn_fail(ATTN_ERR_ARGUMENT, "the batch has %d items, expected at least 1", count);
+    }
+    for (int i = 0; i < count; i++) {
+        int s = batch[i].sequence;
+        if (s < 0 || s >= c->settings.sequences) {
+            return attn_fail(ATTN_ERR_ARGUMENT, "batch[%d].sequence is %d, the context has %d", i, s,
+                             c->settings.sequences);
+        }
+        if (batch[i].count < 1 || batch[i].tokens == NULL || batch[i].count > c->settings.length - c->lengths[s]) {
+            return attn_fail(ATTN_ERR_ARGUMENT, "batch[%d].count is %lld, expected 1 to %lld (sequence %d holds %lld tokens)",
+                             i, (long long)batch[i].count, (long long)(c->settings.length - c->lengths[s]), s,
+                             (long long)c->lengths[s]);
+        }
+        for (int64_t t = 0; t < batch[i].count; t++) {
+            if (batch[i].tokens[t] < 0 || batch[i].tokens[t] >= c->model->info.vocabulary) {
+                return attn_fail(ATTN_ERR_ARGUMENT, "batch[%d].tokens[%lld] is %d, the vocabulary has %lld", i, (long long)t,
+                                 (int)batch[i].tokens[t], (long long)c->model->info.vocabulary);
+            }
+        }
+        for (int j = 0; j < i; j++) {
+            if (batch[j].sequence == s) {
+                return attn_fail(ATTN_ERR_ARGUMENT, "batch[%d] and batch[%d] are both of sequence %d", j, i, s);
+            }
+        }
+    }
+    return ATTN_OK;
+}
+
+/* The next rows of the batch, from token *token of item *item on. */
+static int64_t next_chunk(attn_context *c, const attn_context_batch *batch, int count, int *item, int64_t *token,
+                          int64_t *segment_count)
+{
+    int64_t n = 0;
+    *segment_count = 0;
+    while (n < c->settings.chunk && *item < count) {
+        const attn_context_batch *b = &batch[*item];
+        int64_t take = attn_min_i64(b->count - *token, c->settings.chunk - n), position = c->lengths[b->sequence];
+        c->segments[(*segment_count)++] = (segment){b->sequence, n, take, position};
+        for (int64_t i = 0; i < take; i++) {
+            c->rows[n++] = (row){b->tokens[*token + i], b->sequence, *item, *token + i, i, position + i};
+        }
+        *token += take;
+        if (*token == b->count) {
+            *token = 0;
+            ++*item;
+        }
+    }
+    return n;
+}
+
+static attn_status eval(attn_context *c, const attn_context_batch *batch, int count, attn_context_each each, void *user)
+{
+    int64_t total = 0, done = 0, token = 0, segment_count;
+    int item = 0;
+    c->answered = 0;
+    ATTN_TRY(check_batch(c, batch, count));
+    for (int i = 0; i < count; i++) {
+        total += batch[i].count;
+    }
+    if (each == NULL) {
+        ATTN_TRY(reserve_logits(c, count));
+    }
+    while (item < count) {
+        int64_t n = next_chunk(c, batch, count, &item, &token, &segment_count);
+        embed(c, n);
+        for (int i = 0; i < 2 && c->angles[i] != NULL; i++) {
+            fill_angles(c, i, segment_count);
+        }
+        ATTN_TRY(run_layers(c, n, segment_count, (double)done / (double)total, (double)n / (double)total));
+        commit(c, segment_count);
+        ATTN_TRY(update_caches(c, segment_count));
+        if (each != NULL) {
+            ATTN_TRY(give_each(c, n, each, user));
+        } else {
+            answer_last(c, n, batch);
+        }
+        done += n;
+    }
+    return ATTN_OK;
+}
+
+attn_status attn_context_eval(attn_context *context, const attn_context_batch *batch, int count, attn_context_each each,
+                              void *user)
+{
+    double start = seconds_now();
+    attn_status status = eval(context, batch, count, each, user);
+    context->stats.seconds += seconds_now() - start;
+    return status;
+}
+
+const float *attn_context_logits(const attn_context *context, int item)
+{
+    return item >= 0 && item < context->answered ? context->logits + item * context->model->info.vocabulary : NULL;
+}
+
+/* ---- Sequences ---- */
+
+static attn_status check_sequence(const attn_context *c, const char *name, int sequence)
+{
+    return sequence >= 0 && sequence < c->settings.sequences
+               ? ATTN_OK
+               : attn_fail(ATTN_ERR_ARGUMENT, "%s is %d, the context has %d sequences", name, sequence,
+                           c->settings.sequences);
+}
+
+int64_t attn_context_length(const attn_context *context, int sequence)
+{
+    return sequence >= 0 && sequence < context->settings.sequences ? context->lengths[sequence] : -1;
+}
+
+attn_status attn_context_truncate(attn_context *c, int sequence, int64_t length)
+{
+    ATTN_TRY(check_sequence(c, "sequence", sequence));
+    int64_t seen = c->lengths[sequence];
+    if (length < 0 || length > seen) {
+        return attn_fail(ATTN_ERR_ARGUMENT, "length is %lld, the sequence holds %lld tokens", (long long)length,
+                         (long long)seen);
+    }
+    for (int only_check = 1; only_check >= 0; only_check--) {
+        for (int64_t l = 0; l < c->model->info.layers; l++) {
+            ATTN_TRY(attn_kv_truncate(cache_of(c, sequence, l), length, seen, only_check));
+        }
+    }
+    c->lengths[sequence] = length;
+    return ATTN_OK;
+}
+
+attn_status attn_context_copy(attn_context *c, int to, int from)
+{
+    ATTN_TRY(check_sequence(c, "to", to));
+    ATTN_TRY(check_sequence(c, "from", from));
+    if (to == from) {
+        return ATTN_OK;
+    }
+    ATTN_TRY(attn_context_truncate(c, to, 0)); /* what a failure leaves */
+    attn_status status = ATTN_OK;
+    for (int64_t l = 0; l < c->model->info.layers && status == ATTN_OK; l++) {
+        status = attn_kv_copy(cache_of(c, to, l), cache_of(c, from, l));
+    }
+    c->lengths[to] = c->lengths[from];
+    if (status != ATTN_OK) {
+        attn_context_truncate(c, to, 0);
+    }
+    return status;
+}
+
+static attn_status check_layer(const attn_context *c, int layer)
+{
+    return layer >= 0 && layer < c->model->info.layers
+               ? ATTN_OK
+               : attn_fail(ATTN_ERR_ARGUMENT, "layer is %d, the model has %lld", layer, (long long)c->model->info.layers);
+}
+
+attn_status attn_context_set_attention(attn_context *c, int layer, const attn_llm_attention *attention)
+{
+    if (layer != -1) {
+        ATTN_TRY(check_layer(c, layer));
+    }
+    for (int64_t l = 0; l < c->model->info.layers; l++) {
+        if (layer == -1 || layer == l) {
+            c->attention[l] = attention != NULL ? *attention : (attn_llm_attention){0};
+        }
+    }
+    return ATTN_OK;
+}
+
+attn_status attn_context_keep(attn_context *c, int sequence, int layer, int64_t kv_head, const int64_t *indices,
+                              int64_t count)
+{
+    ATTN_TRY(check_sequence(c, "sequence", sequence));
+    ATTN_TRY(check_layer(c, layer));
+    if (kv_head < 0 || kv_head >= c->model->info.kv_heads || count < 0) {
+        return attn_fail(ATTN_ERR_ARGUMENT, "kv_head is %lld and count %lld, the model has %lld key heads",
+                         (long long)kv_head, (long long)count, (long long)c->model->info.kv_heads);
+    }
+    return attn_kv_keep(cache_of(c, sequence, layer), kv_head, indices, count, c->lengths[sequence]);
+}
+
+int64_t attn_context_keys(const attn_context *c, int sequence, int layer, int64_t kv_head)
+{
+    if (sequence < 0 || sequence >= c->settings.sequences || layer < 0 || layer >= c->model->info.layers || kv_head < 0 ||
+        kv_head >= c->model->info.kv_heads) {
+        return -1;
+    }
+    return cache_of(c, sequence, layer)->counts[kv_head];
+}
+
+attn_context_stats attn_context_get_stats(const attn_context *context) { return context->stats; }
+
+void attn_context_reset_stats(attn_context *context)
+{
+    attn_context_stats kept = {.cache_bytes = context->stats.cache_bytes,
+                               .cache_peak_bytes = context->stats.cache_peak_bytes};
+    context->stats = kept;
+}
