@@ -13,6 +13,13 @@ import numpy as np
 
 import attn
 
+try:
+    import torch
+
+    import attn.torch
+except ImportError:
+    torch = None
+
 
 def microseconds(call, repeats=31, count=300):
     """Median time of a call."""
@@ -39,13 +46,9 @@ def main():
     numpy_time = microseconds(lambda: attn.ops.dense(q, k, v, threads=1))
     rows.append(("attn.ops.dense, NumPy", numpy_time, numpy_time - inside))
     failed = numpy_time - inside >= 10
-    try:
-        import torch
-    except ImportError:
+    if torch is None:
         print("PyTorch is not installed; NumPy only")
     else:
-        import attn.torch
-
         torch.set_num_threads(1)
         tq, tk, tv = map(torch.from_numpy, (q, k, v))
 

@@ -99,8 +99,8 @@ def request(mechanism, outputs):
     return tuple(known.index(name) for name in wanted)
 
 
-def direct(mechanism):
-    """The function that calls the library with the caller's arrays."""
+def direct(mechanism, routed=True):
+    """The function that calls the library with the caller's arrays. routed: PyTorch's go through attn.torch."""
     cache = Cache(mechanism)
     result = namedtuple(mechanism.result_name, [p.identifier for p in mechanism.standard_outputs])
 
@@ -117,7 +117,7 @@ def direct(mechanism):
 
     scope = {"_cache": cache, "_make": cache.make, "_routes": _routes, "_select": select, "_Result": result,
              "_torch": torch_function}
-    made = _table.compile_function(_table.direct_source(mechanism), mechanism.identifier, scope)
+    made = _table.compile_function(_table.direct_source(mechanism, routed), mechanism.identifier, scope)
     made.__module__ = "attn.ops"
     made.__qualname__ = mechanism.name
     made.__doc__ = _table.document(mechanism)

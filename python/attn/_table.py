@@ -274,11 +274,11 @@ ROUTE = """\
 """
 
 
-def direct_source(m):
+def direct_source(m, routed=True):
     call = f"op.forward(None, threads, {names(m.inputs)})"
     one = len(m.standard_outputs) == 1
     passed = "".join(f"{p.identifier}={p.identifier}, " for p in (*m.arguments, *m.params))
-    route = ROUTE.format(first=m.arguments[0].identifier, inputs=passed, params="") if m.inputs else ""
+    route = ROUTE.format(first=m.arguments[0].identifier, inputs=passed, params="") if m.inputs and routed else ""
     return DIRECT.format(
         name=m.identifier,
         arguments=arguments(m, extra=("outputs=None", "threads=0")),
@@ -289,9 +289,12 @@ def direct_source(m):
     )
 
 
-# What `attn.torch` runs: the front calls the registered operator, the kernel is what is registered for the CPU.
+# What `attn.torch` runs: the front calls the registered operator, or the library itself where nothing but the result is
+# wanted; the kernel is what is registered for the CPU.
 FRONT = """\
 def {name}({arguments}):
+    if _eager({inputs}):
+        return _direct({passed}outputs=outputs, threads=_threads())
     if outputs is None:
         return {result}
     return _select(_operator({passed}outputs=_names(outputs)), outputs)
@@ -307,7 +310,8 @@ def front_source(m):
     call = f"_operator({passed[:-2]})"
     if len(m.outputs) > 1:
         call = f"_standard({call})"
-    return FRONT.format(name=m.identifier, arguments=arguments(m, extra=("outputs=None",)), passed=passed, result=call)
+    return FRONT.format(name=m.identifier, arguments=arguments(m, extra=("outputs=None",)), passed=passed, result=call,
+                        inputs=names(m.arguments))
 
 
 def kernel_source(m, one):

@@ -93,8 +93,9 @@ def _register_autograd(name, mechanism):
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(*(outputs[i] for i in fixed))
         arranged = [None] * len(order)
-        for argument, number in enumerate(order):
-            arranged[number] = inputs[argument]
+        ctx.given = len(inputs)  # PyTorch leaves out inputs at the end that are None
+        for number, tensor in zip(order, inputs):
+            arranged[number] = tensor
         ctx.save_for_backward(*arranged, *outputs)
         ctx.params = json.dumps({p.name: keyword_only_inputs[k] for p, k, n in zip(mechanism.params, keywords, nullable)
                                  if not (n and keyword_only_inputs[k] is None)})
@@ -103,16 +104,15 @@ def _register_autograd(name, mechanism):
         count = len(order)
         inputs, outputs = ctx.saved_tensors[:count], ctx.saved_tensors[count:]
         wrt = [False] * count
-        for argument, number in enumerate(order):
-            wrt[number] = (ctx.needs_input_grad[argument] and mechanism.inputs[number].differentiable
-                           and inputs[number] is not None)
+        for number, needed in zip(order, ctx.needs_input_grad):
+            wrt[number] = needed and mechanism.inputs[number].differentiable and inputs[number] is not None
         result = [None] * count
         if any(wrt) and any(g is not None for g in grads):
             saved = [None if _absent(o) else o for o in outputs]
             made = torch.ops.attn._backward(mechanism.name, ctx.params, list(inputs), saved, list(grads), wrt)
             for number, grad in zip((i for i in range(count) if wrt[i]), made):
                 result[number] = grad
-        return tuple(result[number] for number in order)
+        return tuple(result[number] for number in order[: ctx.given])
 
     torch.library.register_autograd(name, backward, setup_context=setup)
 
@@ -141,7 +141,8 @@ def _define(mechanism):
         return cache.get(values) or cache.make(values)
 
     def request(outputs):
-        return standard if not outputs else _ops.request(mechanism, outputs.split(","))
+        """The standard outputs (gradients use them) and those on request that `outputs` names."""
+        return standard if not outputs else tuple(sorted({*standard, *_ops.request(mechanism, outputs.split(","))}))
 
     def forward_all(op, outputs, *inputs):
         """All outputs have a place in the result; an empty tensor stands for one that was not computed."""
@@ -180,6 +181,34 @@ def _define(mechanism):
 _OPERATORS = {name: _define(mechanism) for name, mechanism in _ops.MECHANISMS.items()}
 
 
+_PLAIN = {torch.Tensor, torch.nn.Parameter, type(None)}
+
+
+def _no_modes():
+    """Whether nobody watches or transforms calls: no dispatch or function modes, no torch.func transforms."""
+    return (torch._C._len_torch_dispatch_stack() == 0 and not torch._C._is_torch_function_mode_enabled()
+            and torch._C._functorch.peek_interpreter_stack() is None)
+
+
+try:
+    _no_modes()
+except AttributeError:  # another PyTorch: every call goes through its dispatcher
+
+    def _no_modes():
+        return False
+
+
+def _eager(*inputs):
+    """Whether a call can go to the library without PyTorch's dispatcher, which costs several times as much as the rest."""
+    if torch.compiler.is_compiling() or not _no_modes() or not _PLAIN.issuperset(map(type, inputs)):
+        return False
+    if torch.is_grad_enabled():
+        for tensor in inputs:
+            if tensor is not None and tensor.requires_grad:
+                return False
+    return True
+
+
 def _front(mechanism):
     """The Python function in front of an operator."""
     result = namedtuple(mechanism.result_name, [p.identifier for p in mechanism.standard_outputs])
@@ -187,7 +216,8 @@ def _front(mechanism):
     one = len(mechanism.outputs) == 1
 
     def ask(outputs):
-        return outputs if isinstance(outputs, str) else ",".join(outputs)
+        wanted = _ops.request(mechanism, outputs)
+        return ",".join(mechanism.outputs[i].name for i in wanted if mechanism.outputs[i].on_request)
 
     def to_result(made):
         made = _present(mechanism, made)
@@ -200,7 +230,8 @@ def _front(mechanism):
             return chosen[0]
         return namedtuple(mechanism.result_name, [_table.identifier(n, set()) for n in outputs])(*chosen)
 
-    scope = {"_operator": _OPERATORS[mechanism.name], "_standard": to_result, "_select": select, "_names": ask}
+    scope = {"_operator": _OPERATORS[mechanism.name], "_standard": to_result, "_select": select, "_names": ask,
+             "_eager": _eager, "_direct": _ops.direct(mechanism, routed=False), "_threads": torch.get_num_threads}
     made = _table.compile_function(_table.front_source(mechanism), mechanism.identifier, scope)
     made.__module__ = "attn.torch"
     made.__qualname__ = mechanism.name
@@ -264,7 +295,7 @@ def scaled_dot_product_attention(query, key, value, attn_mask=None, dropout_p=0.
             attn_mask = torch.zeros(attn_mask.shape, dtype=query.dtype, device=query.device).masked_fill(
                 attn_mask.logical_not(), float("-inf"))
         bias = _four(attn_mask, lead)
-    o = function("dense")(_four(query), _four(key), _four(value), bias, causal=is_causal, scale=scale)
+    o = function("dense")(_four(query), _four(key), _four(value), bias, causal=is_causal, scale=scale, outputs="o")
     return o.reshape(*lead, length, value.shape[-1])
 
 

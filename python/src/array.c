@@ -586,8 +586,12 @@ static PyObject *new_exchange(py_array *array, const dl_exchange *exchange, cons
     if (exchange->allocate(&prototype, &managed, NULL, set_python_error) != 0) {
         return NULL;
     }
-    array->view.data = (char *)managed->tensor.data + managed->tensor.byte_offset;
-    return exchange->object_from_managed(managed, &made) == 0 ? made : NULL;
+    array->view.data = managed->tensor.data != NULL ? (char *)managed->tensor.data + managed->tensor.byte_offset : NULL;
+    if (exchange->object_from_managed(managed, &made) != 0) {
+        managed->deleter(managed);
+        return NULL;
+    }
+    return made;
 }
 
 /* from_dlpack of the library that `like` belongs to. */
@@ -611,7 +615,7 @@ static PyObject *from_dlpack_of(PyObject *like)
 
 PyObject *py_array_new(py_array *array, PyObject *like, const attn_tensor *view)
 {
-    *array = (py_array){.view = *view};
+    *array = (py_array){.view = attn_tensor_make(NULL, view->dtype, view->ndim, view->shape)};
     known_type type = {.kind = KIND_OTHER};
     if (like != NULL) {
         type = classify(like);

@@ -230,7 +230,7 @@ def test_backward_and_cost():
 Q, K, V = qkv()
 ERRORS = {
     "float64": (TypeError, "float64", lambda: attn.ops.dense(Q.astype(np.float64), K, V)),
-    "int input": (TypeError, "int64", lambda: attn.ops.dense(Q, K.astype(np.int64), V)),
+    "int input": (TypeError, "i64", lambda: attn.ops.dense(Q, K.astype(np.int64), V)),
     "complex": (TypeError, "complex64", lambda: attn.ops.dense(Q, K.astype(np.complex64), V)),
     "big endian": (TypeError, ">f", lambda: attn.ops.dense(Q.astype(">f4"), K, V)),
     "objects": (TypeError, "data type", lambda: attn.ops.dense(Q.astype(object), K, V)),
@@ -252,11 +252,11 @@ ERRORS = {
     "twice in spec": (ValueError, "twice", lambda: attn.attention(Q, K, V, "dense:causal=true,causal=true")),
     "no value": (ValueError, "key=value", lambda: attn.attention(Q, K, V, "dense:causal")),
     "unknown mechanism": (ValueError, "no mechanism", lambda: attn.attention(Q, K, V, "dance")),
-    "empty spec": (ValueError, "", lambda: attn.attention(Q, K, V, "")),
-    "zero byte": (ValueError, "", lambda: attn.attention(Q, K, V, "dense\0")),
+    "empty spec": (ValueError, "mechanism", lambda: attn.attention(Q, K, V, "")),
+    "zero byte": (ValueError, "null", lambda: attn.attention(Q, K, V, "dense\0")),
     "output": (ValueError, "no output 'p'", lambda: attn.ops.dense(Q, K, V, outputs="p")),
     "threads": (ValueError, "threads", lambda: attn.ops.dense(Q, K, V, threads=-1)),
-    "threads type": (TypeError, "", lambda: attn.ops.dense(Q, K, V, threads="two")),
+    "threads type": (TypeError, "int", lambda: attn.ops.dense(Q, K, V, threads="two")),
     "gradient of nothing": (ValueError, "at least one", lambda: attn.backward("dense", {}, Q, K, V)),
     "gradient shape": (ValueError, "shape", lambda: attn.backward("dense", {"o": Q[0]}, Q, K, V)),
     "gradient type": (TypeError, "float64", lambda: attn.backward("dense", {"o": Q.astype("d")}, Q, K, V)),
@@ -285,7 +285,6 @@ def test_torch_errors():
     for kind, text, call in (
         (TypeError, "float64", lambda: attn.torch.dense(q.double(), k, v)),
         (ValueError, "shape", lambda: attn.torch.dense(q, k, v[:, :, :3])),
-        ((NotImplementedError, ValueError, RuntimeError), "", lambda: attn.torch.dense(q.to("meta"), k, v)),
         (ValueError, "softcap", lambda: attn.torch.dense(q, k, v, softcap=-1.0)),
     ):
         with pytest.raises(kind, match=text):
@@ -350,7 +349,7 @@ def test_no_leak_torch():
 
     def calls(count):
         for _ in range(count):
-            attn.torch.dense(q, k, v).sum().backward()
+            attn.torch.dense(q, k, v).o.sum().backward()
 
     calls(500)
     gc.collect()
