@@ -36,7 +36,7 @@ static attn_status hidden_layer(const attn_ffn *f, attn_arena *arena, int thread
 attn_status attn_ffn_forward(const attn_ffn *f, attn_arena *arena, int threads, int64_t rows, const float *x, float *y)
 {
     attn_arena_mark mark = attn_arena_get_mark(arena);
-    float *before, *act;
+    float *before = NULL, *act = NULL;
     ATTN_TRY(hidden_layer(f, arena, threads, rows, x, &before, &act));
     ATTN_TRY(attn_linear_forward(arena, threads, rows, f->hidden, f->out, act, f->down, f->down_bias, y));
     attn_arena_release(arena, mark);
@@ -48,7 +48,7 @@ attn_status attn_ffn_backward(const attn_ffn *f, attn_arena *arena, int threads,
                               float *grad_down_bias)
 {
     attn_arena_mark mark = attn_arena_get_mark(arena);
-    float *before, *act, *grad_act = attn_arena_array(arena, (size_t)(rows * f->hidden), sizeof(float));
+    float *before = NULL, *act = NULL, *grad_act = attn_arena_array(arena, (size_t)(rows * f->hidden), sizeof(float));
     if (grad_act == NULL) {
         return attn_fail_memory((size_t)(rows * f->hidden) * sizeof(float));
     }

@@ -11,6 +11,10 @@
     X(disendiff_embed)             \
     X(disendiff_recon)             \
     X(disendiff_train)             \
+    X(moh)                         \
+    X(moh_gates)                   \
+    X(moh_norm_gates)              \
+    X(moh_tuned)                   \
     X(mrsa)                        \
     X(mrsa_cfg)                    \
     X(mrsa_mask)                   \

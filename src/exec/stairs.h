@@ -1,0 +1,46 @@
+/* Exact attention of lists of query rows, each of which sees the first `end` keys of its head: what remains when a mechanism has
+ * decided which queries a head serves, or how far each one sees. Options: one more key of its own per row, and learned relative
+ * positions. Tiled, with the online softmax; results do not depend on the number of threads.
+ */
+#ifndef ATTN_EXEC_STAIRS_H
+#define ATTN_EXEC_STAIRS_H
+
+#include "core/internal.h"
+
+/* One query head. Heads with the same `kv` share k and v (set them in each), and lie next to each other in the list. */
+typedef struct attn_stairs_head {
+    int64_t rows, kv;
+    const float *q;     /* [rows][d] */
+    const int64_t *end; /* [rows], 0 ... keys; best sorted */
+    const float *k, *v; /* [keys][d], [keys][dv] */
+    const float *own_k, *own_v; /* [rows][d], [rows][dv]: one more key per row; or both NULL */
+    /* Relative positions: rows are consecutive, row r stands at position first + r. The score is scale * (q.k + rel_q . R[zero + j -
+     * position] + S[zero + j - position]). NULL when absent. */
+    const float *rel_q, *rel_emb, *rel_bias; /* [rows][d]; R [rel_count][rel_stride]; S with a stride of rel_bias_stride */
+    int64_t first, zero, rel_count, rel_stride, rel_bias_stride;
+    float *o, *lse; /* [rows][dv], [rows]; a row without keys gets 0 and -inf */
+} attn_stairs_head;
+
+typedef struct attn_stairs {
+    int64_t keys, d, dv, kv_count, head_count;
+    double scale;
+    const attn_stairs_head *heads;
+} attn_stairs;
+
+attn_status attn_stairs_forward(const attn_stairs *stairs, attn_arena *arena, int threads);
+
+/* Gradients of one head, all overwritten; each may be NULL. */
+typedef struct attn_stairs_gradient {
+    const float *grad_o;  /* [rows][dv] */
+    float *q;             /* [rows][d] */
+    float *own_k, *own_v; /* as own_k, own_v */
+    float *rel_q;         /* [rows][d] */
+    float *rel_emb;       /* [rel_count][d], this head's */
+    float *rel_bias;      /* [rel_count], this head's */
+} attn_stairs_gradient;
+
+/* o and lse as forward left them. grad_k [kv_count][keys][d] and grad_v [kv_count][keys][dv] are overwritten; NULL: not wanted. */
+attn_status attn_stairs_backward(const attn_stairs *stairs, const attn_stairs_gradient *gradients, float *grad_k, float *grad_v,
+                                 attn_arena *arena, int threads);
+
+#endif
