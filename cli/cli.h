@@ -31,7 +31,11 @@ void cli_text_add(cli_text *text, const char *format, ...) __attribute__((format
 int cli_apply(int argc, char **argv);
 int cli_check(int argc, char **argv);
 int cli_describe(int argc, char **argv);
+int cli_info(int argc, char **argv);
 int cli_list(int argc, char **argv);
+int cli_perplexity(int argc, char **argv);
+int cli_run(int argc, char **argv);
+int cli_tokenize(int argc, char **argv);
 
 /* Running a mechanism on the tensors of a file (apply and check). */
 typedef struct cli_call {

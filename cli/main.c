@@ -7,6 +7,10 @@
 
 /* In the order in which `attn --help` shows them. */
 static const cli_command commands[] = {
+    {"run", cli_run, "generate text or chat with a language model (GGUF)"},
+    {"perplexity", cli_perplexity, "how well a model predicts a text, also with sparse attention"},
+    {"tokenize", cli_tokenize, "token ids of a text"},
+    {"info", cli_info, "what a model file holds"},
     {"list", cli_list, "the mechanisms"},
     {"describe", cli_describe, "one mechanism: parameters, inputs, outputs, paper"},
     {"apply", cli_apply, "run a mechanism on tensors from a file"},

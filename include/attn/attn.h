@@ -4,11 +4,15 @@
 
 #include <attn/gguf.h>
 #include <attn/dense.h>
+#include <attn/machine.h>
 #include <attn/memory.h>
 #include <attn/model.h>
 #include <attn/op.h>
+#include <attn/policy.h>
 #include <attn/safetensors.h>
+#include <attn/sample.h>
 #include <attn/status.h>
 #include <attn/tensor.h>
+#include <attn/tokenizer.h>
 
 #endif

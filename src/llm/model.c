@@ -283,10 +283,11 @@ static attn_status load_matrix(loader *in, const char *name, int64_t columns, in
 {
     const attn_gguf_tensor *tensor = NULL;
     ATTN_TRY(find_tensor(in->model->file, name, 0, columns, rows, &tensor));
-    ATTN_TRY(attn_quant_matrix_pack(matrix, tensor, rows, columns, paired ? paired_row : NULL, &in->pairs, in->threads));
+    ATTN_TRY(attn_quant_matrix_pack(matrix, in->model->weights, tensor, rows, columns, paired ? paired_row : NULL,
+                                    &in->pairs, in->threads));
     in->used++;
     in->loaded_bytes += tensor->bytes;
-    in->model->info.weight_bytes += attn_quant_matrix_bytes(matrix);
+    in->model->info.weight_bytes += attn_quant_packed_bytes(tensor->type, rows, columns);
     if (in->mapped) {
         release_pages(tensor);
     }
@@ -396,6 +397,30 @@ static attn_status check_all_used(const loader *in, int tied)
                      in->model->architecture, (long long)used, (long long)attn_gguf_tensor_count(file));
 }
 
+/* One block of memory for all matrices. Generation streams through it, so large pages help. */
+static attn_status reserve_weights(attn_model *model, int tied)
+{
+    size_t total = 0;
+    for (int64_t i = 0; i < attn_gguf_tensor_count(model->file); i++) {
+        const attn_gguf_tensor *t = attn_gguf_tensor_at(model->file, i);
+        if (t->ndim == 2 && (tied || strcmp(t->name, "token_embd.weight") != 0)) {
+            size_t bytes = attn_quant_packed_bytes(t->type, t->shape[1], t->shape[0]) + 64;
+            total = bytes < SIZE_MAX - total ? total + bytes : SIZE_MAX;
+        }
+    }
+    ATTN_TRY(attn_arena_create(&model->weights, total));
+#ifdef MADV_HUGEPAGE
+    attn_arena_mark mark = attn_arena_get_mark(model->weights);
+    uintptr_t page = (uintptr_t)sysconf(_SC_PAGESIZE), start = (uintptr_t)attn_arena_alloc(model->weights, total);
+    if (start != 0 && total > 2 * page) {
+        start = (start + page - 1) / page * page;
+        madvise((void *)start, (total - page) / page * page, MADV_HUGEPAGE);
+    }
+    attn_arena_release(model->weights, mark);
+#endif
+    return ATTN_OK;
+}
+
 static attn_status load_weights(attn_model *model, const architecture *kind, const attn_model_settings *settings,
                                 int mapped)
 {
@@ -408,6 +433,7 @@ static attn_status load_weights(attn_model *model, const architecture *kind, con
         in.total_bytes += attn_gguf_tensor_at(model->file, i)->bytes;
     }
     int tied = attn_gguf_tensor_find(model->file, "output.weight") == NULL;
+    ATTN_TRY(reserve_weights(model, tied));
     if (tied) {
         ATTN_TRY(load_matrix(&in, "token_embd.weight", info->width, info->vocabulary, 0, &model->embedding));
     } else {
@@ -495,17 +521,12 @@ void attn_model_close(attn_model *model)
         attn_model_layer *l = &model->layers[i];
         float *vectors[] = {l->attention_norm, l->ffn_norm, l->q_norm, l->k_norm, l->post_attention_norm, l->post_ffn_norm,
                             l->q_bias, l->k_bias, l->v_bias, l->out_bias};
-        attn_quant_matrix *matrices[] = {&l->q, &l->k, &l->v, &l->out, &l->gate, &l->up, &l->down};
         for (size_t j = 0; j < sizeof vectors / sizeof vectors[0]; j++) {
             attn_free(vectors[j]);
         }
-        for (size_t j = 0; j < sizeof matrices / sizeof matrices[0]; j++) {
-            attn_quant_matrix_free(matrices[j]);
-        }
     }
     attn_free(model->layers);
-    attn_quant_matrix_free(&model->embedding);
-    attn_quant_matrix_free(&model->output);
+    attn_arena_destroy(model->weights);
     attn_free(model->output_norm);
     attn_rope_free(&model->ropes[0]);
     attn_rope_free(&model->ropes[1]);

@@ -25,6 +25,7 @@ typedef struct attn_model_layer {
 
 struct attn_model {
     attn_gguf *file;
+    attn_arena *weights; /* of all matrices, in the order of their use */
     char *architecture;
     attn_model_info info;
     attn_model_layer *layers;

@@ -252,6 +252,7 @@ static attn_status check_list(const cJSON *list, const char *name, int64_t limit
 
 static attn_status spec_of(const cJSON *object, int phase, const char **spec)
 {
+    *spec = NULL;
     const cJSON *item = cJSON_GetObjectItemCaseSensitive(object, phase_names[phase]);
     if (item != NULL && !cJSON_IsString(item)) {
         return attn_fail(ATTN_ERR_FORMAT, "policy: %s must be a SPEC in quotes", phase_names[phase]);
@@ -285,7 +286,7 @@ static attn_status read_entry(attn_policy *policy, const cJSON *entry)
     ATTN_TRY(check_list(layers, "layers", policy->layers));
     ATTN_TRY(check_list(heads, "heads", policy->heads));
     for (int phase = 0; phase < PHASES; phase++) {
-        const char *spec;
+        const char *spec = NULL;
         int index;
         ATTN_TRY(spec_of(entry, phase, &spec));
         if (spec == NULL) {
@@ -310,7 +311,7 @@ static attn_status read_policy(attn_policy *policy, const cJSON *root)
     }
     ATTN_TRY(check_keys(root, 0));
     for (int phase = 0; phase < PHASES; phase++) {
-        const char *spec;
+        const char *spec = NULL;
         ATTN_TRY(spec_of(root, phase, &spec));
         ATTN_TRY(set_all(policy, phase, spec));
     }

@@ -175,9 +175,21 @@ static void pack_float_row(unsigned char *panel, int row, const unsigned char *s
 
 static int64_t padded_panels(int64_t rows) { return attn_ceil_div(rows, PAIR) * 2; }
 
-attn_status attn_quant_matrix_pack(attn_quant_matrix *matrix, const attn_gguf_tensor *tensor, int64_t rows,
-                                   int64_t columns, int64_t (*source_row)(const void *user, int64_t row),
-                                   const void *user, int threads)
+static size_t panel_bytes(attn_gguf_tensor_type type, int64_t columns)
+{
+    int format = format_of(type);
+    return is_float((attn_quant_format)format) ? (size_t)columns * ROWS * (size_t)attn_gguf_block_bytes(type)
+                                               : attn_quant_panel_bytes((attn_quant_format)format, columns / UNIT);
+}
+
+size_t attn_quant_packed_bytes(attn_gguf_tensor_type type, int64_t rows, int64_t columns)
+{
+    return format_of(type) < 0 ? 0 : (size_t)padded_panels(rows) * panel_bytes(type, columns);
+}
+
+attn_status attn_quant_matrix_pack(attn_quant_matrix *matrix, attn_arena *arena, const attn_gguf_tensor *tensor,
+                                   int64_t rows, int64_t columns,
+                                   int64_t (*source_row)(const void *user, int64_t row), const void *user, int threads)
 {
     *matrix = (attn_quant_matrix){0};
     int format = format_of(tensor->type);
@@ -187,13 +199,11 @@ attn_status attn_quant_matrix_pack(attn_quant_matrix *matrix, const attn_gguf_te
     }
     size_t width = (size_t)attn_gguf_block_bytes(tensor->type);
     size_t row_bytes = (size_t)columns / (size_t)attn_gguf_block_elements(tensor->type) * width;
-    attn_quant_matrix made = {(attn_quant_format)format, rows, columns, 0, NULL};
-    made.panel_bytes = is_float(made.format) ? (size_t)columns * ROWS * width
-                                             : attn_quant_panel_bytes(made.format, columns / UNIT);
+    attn_quant_matrix made = {(attn_quant_format)format, rows, columns, panel_bytes(tensor->type, columns), NULL};
     int64_t panels = padded_panels(rows);
-    made.data = attn_alloc_array((size_t)panels, made.panel_bytes);
+    made.data = attn_arena_array(arena, (size_t)panels, made.panel_bytes);
     if (made.data == NULL) {
-        return attn_fail_memory(attn_quant_matrix_bytes(&made));
+        return attn_fail_memory((size_t)panels * made.panel_bytes);
     }
 #pragma omp parallel for num_threads(threads) schedule(static)
     for (int64_t p = 0; p < panels; p++) {
@@ -213,17 +223,6 @@ attn_status attn_quant_matrix_pack(attn_quant_matrix *matrix, const attn_gguf_te
     }
     *matrix = made;
     return ATTN_OK;
-}
-
-void attn_quant_matrix_free(attn_quant_matrix *matrix)
-{
-    attn_free(matrix->data);
-    *matrix = (attn_quant_matrix){0};
-}
-
-size_t attn_quant_matrix_bytes(const attn_quant_matrix *matrix)
-{
-    return (size_t)padded_panels(matrix->rows) * matrix->panel_bytes;
 }
 
 /* ---- One row, exactly ---- */

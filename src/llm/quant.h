@@ -21,13 +21,13 @@ typedef struct attn_quant_matrix {
     unsigned char *data;
 } attn_quant_matrix;
 
-/* Pack the rows x columns weights of a file's tensor of a supported type. source_row (may be NULL: the same) tells which row of
+/* Bytes that a matrix of that type takes when packed; 0 for types that are not supported. */
+size_t attn_quant_packed_bytes(attn_gguf_tensor_type type, int64_t rows, int64_t columns);
+/* Pack the rows x columns weights of a file's tensor of a supported type into memory of the arena. source_row (may be NULL: the same) tells which row of
  * the tensor becomes row `row`. The rows of the result do not depend on threads. ATTN_ERR_UNSUPPORTED, ATTN_ERR_MEMORY. */
-attn_status attn_quant_matrix_pack(attn_quant_matrix *matrix, const attn_gguf_tensor *tensor, int64_t rows,
-                                   int64_t columns, int64_t (*source_row)(const void *user, int64_t row),
-                                   const void *user, int threads);
-void attn_quant_matrix_free(attn_quant_matrix *matrix);
-size_t attn_quant_matrix_bytes(const attn_quant_matrix *matrix);
+attn_status attn_quant_matrix_pack(attn_quant_matrix *matrix, attn_arena *arena, const attn_gguf_tensor *tensor,
+                                   int64_t rows, int64_t columns,
+                                   int64_t (*source_row)(const void *user, int64_t row), const void *user, int threads);
 /* One row in float32, exactly as the format defines it. */
 void attn_quant_matrix_row(const attn_quant_matrix *matrix, int64_t row, float *out);
 

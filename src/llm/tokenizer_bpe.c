@@ -1,0 +1,231 @@
+/* Byte-level BPE: the text is cut into words by the model's patterns, and each word's bytes are merged pair by pair, lowest rank
+ * first. */
+#include "llm/tokenizer.h"
+
+#include <string.h>
+
+/* ---- Pre-tokenizers ---- */
+
+/* Patterns are applied one after the other: each cuts every piece that the one before left into its matches and what lies between. */
+typedef struct pre_tokenizer {
+    const char *names; /* separated by spaces */
+    const char *patterns[PATTERN_LIMIT];
+} pre_tokenizer;
+
+#define GPT2 "'s|'t|'re|'ve|'m|'ll|'d| ?\\p{L}+| ?\\p{N}+| ?[^\\s\\p{L}\\p{N}]+|\\s+(?!\\S)|\\s+"
+#define LLAMA3(digits)                                                                                                 \
+    "(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\\r\\n\\p{L}\\p{N}]?\\p{L}+|\\p{N}" digits                                         \
+    "| ?[^\\s\\p{L}\\p{N}]+[\\r\\n]*|\\s*[\\r\\n]+|\\s+(?!\\S)|\\s+"
+
+static const pre_tokenizer pre_tokenizers[] = {
+    {" default gpt-2 gpt2 phi-2 jina-es jina-de mpt olmo jais roberta-bpe ", {GPT2}},
+    {" smollm starcoder refact command-r codeshell exaone minerva-7b ", {"\\p{N}", GPT2}},
+    {" llama-bpe llama3 llama-v3 falcon3 pixtral smaug-bpe ", {LLAMA3("{1,3}")}},
+    {" qwen2 deepseek-r1-qwen stablelm2 hunyuan megrez ", {LLAMA3("")}},
+};
+
+attn_status bpe_patterns(attn_tokenizer *t, const char *pre)
+{
+    const pre_tokenizer *found = NULL;
+    size_t length = strlen(pre);
+    for (size_t i = 0; i < sizeof pre_tokenizers / sizeof pre_tokenizers[0] && found == NULL; i++) {
+        for (const char *p = strstr(pre_tokenizers[i].names, pre); p != NULL && length > 0; p = strstr(p + 1, pre)) {
+            if (p[-1] == ' ' && p[length] == ' ') {
+                found = &pre_tokenizers[i];
+                break;
+            }
+        }
+    }
+    if (found == NULL) {
+        return attn_fail(ATTN_ERR_UNSUPPORTED, "pre-tokenizer '%.40s' is not supported (default, gpt-2, smollm, starcoder, refact, "
+                                               "llama-bpe, qwen2 and their relatives)", pre);
+    }
+    for (int i = 0; i < PATTERN_LIMIT && found->patterns[i] != NULL; i++) {
+        int code;
+        PCRE2_SIZE offset;
+        t->patterns[i] = pcre2_compile((PCRE2_SPTR)found->patterns[i], PCRE2_ZERO_TERMINATED,
+                                       PCRE2_UTF | PCRE2_UCP | PCRE2_MATCH_INVALID_UTF, &code, &offset, NULL);
+        if (t->patterns[i] == NULL) {
+            return attn_fail(ATTN_ERR_MEMORY, "out of memory (pattern of pre-tokenizer '%s', code %d)", pre, code);
+        }
+        t->pattern_count = i + 1;
+        pcre2_jit_compile(t->patterns[i], PCRE2_JIT_COMPLETE); /* without it matching is slower, not different */
+    }
+    return ATTN_OK;
+}
+
+/* ---- Merging ---- */
+
+#define SMALL_WORD 32
+
+/* Short words: scan all pairs for the best, again and again. */
+static attn_status merge_small(const attn_tokenizer *t, int32_t *symbols, int count, token_list *out)
+{
+    int32_t ranks[SMALL_WORD], merged[SMALL_WORD];
+    for (int i = 0; i + 1 < count; i++) {
+        const merge_entry *entry = find_merge(t, symbols[i], symbols[i + 1]);
+        ranks[i] = entry != NULL ? entry->rank : INT32_MAX;
+        merged[i] = entry != NULL ? entry->merged : -1;
+    }
+    for (;;) {
+        int best = -1;
+        for (int i = 0; i + 1 < count; i++) {
+            if (ranks[i] != INT32_MAX && (best < 0 || ranks[i] < ranks[best])) {
+                best = i;
+            }
+        }
+        if (best < 0) {
+            break;
+        }
+        symbols[best] = merged[best];
+        for (int i = best + 1; i + 1 < count; i++) {
+            symbols[i] = symbols[i + 1];
+            ranks[i] = ranks[i + 1];
+            merged[i] = merged[i + 1];
+        }
+        count--;
+        for (int i = best > 0 ? best - 1 : 0; i <= best && i + 1 < count; i++) {
+            const merge_entry *entry = find_merge(t, symbols[i], symbols[i + 1]);
+            ranks[i] = entry != NULL ? entry->rank : INT32_MAX;
+            merged[i] = entry != NULL ? entry->merged : -1;
+        }
+    }
+    for (int i = 0; i < count; i++) {
+        ATTN_TRY(token_list_add(out, symbols[i]));
+    }
+    return ATTN_OK;
+}
+
+static attn_status push_pair(const attn_tokenizer *t, merge_heap *heap, const text_symbol *symbols, int32_t left, int32_t right)
+{
+    if (left < 0 || right < 0) {
+        return ATTN_OK;
+    }
+    const merge_entry *entry = find_merge(t, symbols[left].token, symbols[right].token);
+    if (entry == NULL) {
+        return ATTN_OK;
+    }
+    return merge_heap_push(heap, (merge_candidate){entry->rank, left, right, entry->merged, symbols[left].size, symbols[right].size});
+}
+
+/* Long ones: a linked list and a heap, n log n. */
+static attn_status merge_long(const attn_tokenizer *t, text_symbol *symbols, int32_t count, token_list *out)
+{
+    merge_heap heap = {0};
+    attn_status status = ATTN_OK;
+    for (int32_t i = 0; i + 1 < count && status == ATTN_OK; i++) {
+        status = push_pair(t, &heap, symbols, i, i + 1);
+    }
+    while (heap.count > 0 && status == ATTN_OK) {
+        merge_candidate c = merge_heap_pop(&heap);
+        text_symbol *left = &symbols[c.left], *right = &symbols[c.right];
+        if (left->size != c.left_size || right->size != c.right_size) {
+            continue; /* one of them has merged with another since */
+        }
+        left->token = c.merged;
+        left->size += right->size;
+        right->size = 0;
+        left->next = right->next;
+        if (right->next >= 0) {
+            symbols[right->next].previous = c.left;
+        }
+        status = push_pair(t, &heap, symbols, left->previous, c.left);
+        if (status == ATTN_OK) {
+            status = push_pair(t, &heap, symbols, c.left, left->next);
+        }
+    }
+    for (int32_t i = 0; i >= 0 && status == ATTN_OK; i = symbols[i].next) {
+        status = token_list_add(out, symbols[i].token);
+    }
+    attn_free(heap.items);
+    return status;
+}
+
+/* A word whose bytes all have tokens: as one token if there is one that merging would give anyway, else by merging. */
+static attn_status encode_word(const attn_tokenizer *t, const char *text, size_t length, token_list *out)
+{
+    int32_t small[SMALL_WORD];
+    if (length <= SMALL_WORD) {
+        int count = 0;
+        for (size_t i = 0; i < length; i++) {
+            int32_t token = t->byte_tokens[(unsigned char)text[i]];
+            token = token >= 0 ? token : t->unknown;
+            if (token >= 0) {
+                small[count++] = token;
+            }
+        }
+        return merge_small(t, small, count, out);
+    }
+    text_symbol *symbols = attn_alloc_array(length, sizeof *symbols);
+    if (symbols == NULL) {
+        return attn_fail_memory(length * sizeof *symbols);
+    }
+    int32_t count = 0;
+    for (size_t i = 0; i < length; i++) {
+        int32_t token = t->byte_tokens[(unsigned char)text[i]];
+        token = token >= 0 ? token : t->unknown;
+        if (token >= 0) {
+            symbols[count] = (text_symbol){(uint32_t)i, 1, count - 1, count + 1, token};
+            count++;
+        }
+    }
+    attn_status status = ATTN_OK;
+    if (count > 0) {
+        symbols[count - 1].next = -1;
+        status = merge_long(t, symbols, count, out);
+    }
+    attn_free(symbols);
+    return status;
+}
+
+/* ---- Cutting ---- */
+
+static attn_status cut(const attn_tokenizer *t, int level, pcre2_match_data **matches, const char *text, size_t length,
+                       token_list *out)
+{
+    if (length == 0) {
+        return ATTN_OK;
+    }
+    if (level == t->pattern_count) {
+        return encode_word(t, text, length, out);
+    }
+    size_t done = 0, at = 0;
+    while (at < length) {
+        int found = pcre2_match(t->patterns[level], (PCRE2_SPTR)text, length, at, 0, matches[level], NULL);
+        if (found == PCRE2_ERROR_NOMATCH) {
+            break;
+        }
+        if (found < 0) {
+            return attn_fail(ATTN_ERR_MEMORY, "pre-tokenizer pattern failed (code %d)", found);
+        }
+        const PCRE2_SIZE *span = pcre2_get_ovector_pointer(matches[level]);
+        size_t begin = span[0], end = span[1];
+        if (end <= begin) { /* no pattern matches nothing; keep going in any case */
+            at = begin + 1;
+            continue;
+        }
+        ATTN_TRY(cut(t, level + 1, matches, text + done, begin - done, out));
+        ATTN_TRY(cut(t, level + 1, matches, text + begin, end - begin, out));
+        done = at = end;
+    }
+    return cut(t, level + 1, matches, text + done, length - done, out);
+}
+
+attn_status bpe_encode(const attn_tokenizer *t, const char *text, size_t length, token_list *out)
+{
+    pcre2_match_data *matches[PATTERN_LIMIT] = {NULL};
+    attn_status status = ATTN_OK;
+    for (int i = 0; i < t->pattern_count && status == ATTN_OK; i++) {
+        matches[i] = pcre2_match_data_create(2, NULL);
+        if (matches[i] == NULL) {
+            status = attn_fail(ATTN_ERR_MEMORY, "out of memory (pre-tokenizer)");
+        }
+    }
+    if (status == ATTN_OK) {
+        status = cut(t, 0, matches, text, length, out);
+    }
+    for (int i = 0; i < t->pattern_count; i++) {
+        pcre2_match_data_free(matches[i]);
+    }
+    return status;
+}
