@@ -6,7 +6,7 @@
 
 Arrays of any library with DLPack or the buffer protocol go in without copies, and the same kind comes out.
 attn.list() names the mechanisms, attn.describe(name) explains one. attn.torch has them as PyTorch operators with gradients,
-attn.transformers as attention implementations of Hugging Face Transformers.
+attn.transformers as attention implementations of Hugging Face Transformers. attn.Model runs language models from GGUF files.
 """
 
 import builtins
@@ -15,8 +15,9 @@ import importlib
 from collections import namedtuple
 
 from attn import _core, _ops, _table, ops
+from attn._model import Model
 
-__all__ = ["attention", "backward", "cost", "describe", "list", "ops"]
+__all__ = ["Model", "attention", "backward", "cost", "describe", "list", "ops"]
 __version__ = _core.version()
 
 Cost = namedtuple("Cost", ["flops", "bytes", "pairs"])

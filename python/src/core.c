@@ -32,7 +32,7 @@ static PyMethodDef methods[] = {
 
 static int execute(PyObject *module)
 {
-    return py_array_init(module) == 0 && py_op_init(module) == 0 ? 0 : -1;
+    return py_array_init(module) == 0 && py_op_init(module) == 0 && py_model_init(module) == 0 ? 0 : -1;
 }
 
 static PyModuleDef_Slot slots[] = {{Py_mod_exec, execute}, {0, NULL}};

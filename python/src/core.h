@@ -40,6 +40,7 @@ PyObject *py_raise(attn_status status);
 
 /* ---- op.c, model.c ---- */
 int py_op_init(PyObject *module);
+int py_model_init(PyObject *module);
 PyObject *py_op_table(PyObject *module, PyObject *unused);
 
 #endif

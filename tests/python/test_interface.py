@@ -345,6 +345,7 @@ def test_no_leak():
 
 @needs_torch
 def test_no_leak_torch():
+    torch.set_num_threads(1)
     q, k, v = (torch.from_numpy(x).requires_grad_() for x in qkv(1, 1, 16, 16))
 
     def calls(count):

@@ -1,12 +1,15 @@
 """Unchanged Hugging Face models with the library's attention: the same logits and the same greedy text as with `sdpa`."""
 
 import pytest
-from conftest import needs_torch, optional, torch
+from conftest import MODEL, needs_model, needs_torch, optional, torch
 
 import attn
 
 transformers = optional("transformers") if torch is not None else None
 pytestmark = [needs_torch, pytest.mark.skipif(transformers is None, reason="Transformers is not installed")]
+
+if transformers is not None:
+    import attn.transformers
 
 SMALL = dict(vocab_size=128, hidden_size=64, intermediate_size=128, num_hidden_layers=3, num_attention_heads=4,
              num_key_value_heads=2, max_position_embeddings=256, bos_token_id=1, eos_token_id=None, pad_token_id=0)
@@ -15,8 +18,6 @@ SMALL = dict(vocab_size=128, hidden_size=64, intermediate_size=128, num_hidden_l
 @pytest.fixture(scope="module")
 def llama(tmp_path_factory):
     """The folder of a small Llama with random weights."""
-    import attn.transformers
-
     torch.manual_seed(0)
     config = transformers.LlamaConfig(**SMALL, initializer_range=0.2)
     folder = tmp_path_factory.mktemp("llama")
@@ -113,3 +114,16 @@ def test_errors(llama):
             load(llama, name)
     with pytest.raises(ValueError, match="not supported"):
         load(llama, "nothing")
+
+
+@needs_model
+@pytest.mark.skipif(not (optional("gguf") and optional("accelerate")), reason="gguf or accelerate is not installed")
+def test_real_model():
+    """SmolLM2 from its GGUF file."""
+    folder, name = str(MODEL.parent), MODEL.name
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder, gguf_file=name, attn_implementation="sdpa").eval()
+    ids = torch.tensor([[504, 3575, 282, 4649, 314, 260, 2420, 28, 284, 260, 3575, 282, 7437, 314]])
+    want, want_text = logits(model, ids), generate(model, ids)
+    model.set_attn_implementation("attn:dense")
+    assert (logits(model, ids) - want).abs().max() < 1e-4
+    assert generate(model, ids) == want_text
