@@ -12,10 +12,13 @@ typedef struct pre_tokenizer {
     const char *patterns[PATTERN_LIMIT];
 } pre_tokenizer;
 
-#define GPT2 "'s|'t|'re|'ve|'m|'ll|'d| ?\\p{L}+| ?\\p{N}+| ?[^\\s\\p{L}\\p{N}]+|\\s+(?!\\S)|\\s+"
+/* Unicode's White_Space; PCRE2's \s has U+180E too. */
+#define SPACES "\\t-\\r \\x{85}\\x{a0}\\x{1680}\\x{2000}-\\x{200a}\\x{2028}\\x{2029}\\x{202f}\\x{205f}\\x{3000}"
+#define TRAILING "[" SPACES "]+(?![^" SPACES "])|[" SPACES "]+"
+#define GPT2 "'s|'t|'re|'ve|'m|'ll|'d| ?\\p{L}+| ?\\p{N}+| ?[^" SPACES "\\p{L}\\p{N}]+|" TRAILING
 #define LLAMA3(digits)                                                                                                 \
     "(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\\r\\n\\p{L}\\p{N}]?\\p{L}+|\\p{N}" digits                                         \
-    "| ?[^\\s\\p{L}\\p{N}]+[\\r\\n]*|\\s*[\\r\\n]+|\\s+(?!\\S)|\\s+"
+    "| ?[^" SPACES "\\p{L}\\p{N}]+[\\r\\n]*|[" SPACES "]*[\\r\\n]+|" TRAILING
 
 static const pre_tokenizer pre_tokenizers[] = {
     {" default gpt-2 gpt2 phi-2 jina-es jina-de mpt olmo jais roberta-bpe ", {GPT2}},
@@ -141,7 +144,7 @@ static attn_status merge_long(const attn_tokenizer *t, text_symbol *symbols, int
     return status;
 }
 
-/* A word whose bytes all have tokens: as one token if there is one that merging would give anyway, else by merging. */
+/* A word, by merging its bytes. Bytes that the vocabulary lacks are dropped, as the reference implementations do. */
 static attn_status encode_word(const attn_tokenizer *t, const char *text, size_t length, token_list *out)
 {
     int32_t small[SMALL_WORD];
@@ -149,7 +152,6 @@ static attn_status encode_word(const attn_tokenizer *t, const char *text, size_t
         int count = 0;
         for (size_t i = 0; i < length; i++) {
             int32_t token = t->byte_tokens[(unsigned char)text[i]];
-            token = token >= 0 ? token : t->unknown;
             if (token >= 0) {
                 small[count++] = token;
             }
@@ -163,7 +165,6 @@ static attn_status encode_word(const attn_tokenizer *t, const char *text, size_t
     int32_t count = 0;
     for (size_t i = 0; i < length; i++) {
         int32_t token = t->byte_tokens[(unsigned char)text[i]];
-        token = token >= 0 ? token : t->unknown;
         if (token >= 0) {
             symbols[count] = (text_symbol){(uint32_t)i, 1, count - 1, count + 1, token};
             count++;
