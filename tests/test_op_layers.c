@@ -74,11 +74,51 @@ static void test_moh_errors(void **state)
     opcheck_fails(&e, ATTN_ERR_ARGUMENT, "causal");
 }
 
+static void moa_inputs(opcheck_case *c, int64_t experts, int64_t sets, int64_t heads, int64_t kv_heads, int64_t n)
+{
+    opcheck_input(c, "x", SHAPE(2, n, 6));
+    opcheck_input(c, "w_router", SHAPE(experts, 6));
+    opcheck_uniform(c, "w_q", SHAPE(experts, heads * 4, 6), -0.6, 0.6);
+    opcheck_uniform(c, "w_k", SHAPE(sets, kv_heads * 4, 6), -0.6, 0.6);
+    opcheck_uniform(c, "w_v", SHAPE(sets, kv_heads * 3, 6), -0.6, 0.6);
+    opcheck_uniform(c, "w_o", SHAPE(experts, 6, heads * 3), -0.6, 0.6);
+}
+
+static void test_bam(void **state)
+{
+    (void)state;
+    opcheck_case a = {.spec = "bam.moa:heads=4,kv_heads=2,rope_theta=100,rope_style=interleaved", .seed = 1, .step = 3e-3};
+    moa_inputs(&a, 3, 1, 4, 2, 7);
+    opcheck_run(&a, 3e-2);
+    opcheck_case b = {.spec = "bam.moa:heads=2,kv_heads=1,causal=false,top_k=2,rope_theta=50,scale=0.3", .seed = 2, .step = 1e-3};
+    moa_inputs(&b, 4, 4, 2, 1, 6);
+    opcheck_run(&b, 3e-2);
+    opcheck_case c = {.spec = "bam.moa:heads=2,kv_heads=2,top_k=1,decode=true", .seed = 3, .step = 1e-3};
+    moa_inputs(&c, 3, 1, 2, 2, 5);
+    opcheck_run(&c, 3e-2);
+    opcheck_case d = {.spec = "bam.ffn:top_k=2", .seed = 4, .step = 1e-3};
+    opcheck_input(&d, "x", SHAPE(2, 5, 6));
+    opcheck_input(&d, "w_router", SHAPE(4, 6));
+    opcheck_input(&d, "w_up", SHAPE(4, 10, 6));
+    opcheck_input(&d, "w_down", SHAPE(4, 6, 5));
+    opcheck_run(&d, 3e-2);
+    opcheck_case e = {.spec = "bam.moa:heads=3,kv_heads=2", .seed = 5};
+    moa_inputs(&e, 3, 1, 3, 2, 4);
+    opcheck_fails(&e, ATTN_ERR_ARGUMENT, "not a multiple");
+    opcheck_case f = {.spec = "bam.moa:heads=2,kv_heads=2,top_k=4", .seed = 5};
+    moa_inputs(&f, 3, 1, 2, 2, 4);
+    opcheck_fails(&f, ATTN_ERR_ARGUMENT, "top_k = 4");
+    opcheck_case g = {.spec = "bam.moa:heads=2,kv_heads=2", .seed = 5};
+    moa_inputs(&g, 3, 2, 2, 2, 4);
+    opcheck_fails(&g, ATTN_ERR_SHAPE, "w_k");
+}
+
 int main(void)
 {
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(test_moh),
         cmocka_unit_test(test_moh_errors),
+        cmocka_unit_test(test_bam),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }

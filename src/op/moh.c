@@ -6,6 +6,7 @@
 #include "exec/stairs.h"
 #include "layer/gemm.h"
 #include "layer/linear.h"
+#include "layer/route.h"
 #include "op/class.h"
 
 #include <string.h>
@@ -20,20 +21,6 @@ typedef struct router {
     const float *x, *wg, *wg_0, *wg_1;
     float *p, *s, *alpha; /* softmax over routed [T,E], shared [T,Hs], groups [T,2] */
 } router;
-
-static void softmax_row(int64_t count, float *x)
-{
-    double top = -INFINITY, sum = 0;
-    for (int64_t i = 0; i < count; i++) {
-        top = fmax(top, (double)x[i]);
-    }
-    for (int64_t i = 0; i < count; i++) {
-        sum += exp((double)x[i] - top);
-    }
-    for (int64_t i = 0; i < count; i++) {
-        x[i] = (float)(exp((double)x[i] - top) / sum);
-    }
-}
 
 /* Softmax of x w^T into a new array [T, count]; the logits are left in `logits` when that is not NULL. */
 static attn_status soft_linear(attn_call *call, const router *r, const float *w, int64_t count, float **soft, float *logits)
@@ -53,25 +40,20 @@ static attn_status soft_linear(attn_call *call, const router *r, const float *w,
         memcpy(logits, *soft, (size_t)(r->tokens * count) * sizeof(float));
     }
     for (int64_t t = 0; t < r->tokens; t++) {
-        softmax_row(count, *soft + t * count);
+        attn_softmax_row(count, *soft + t * count);
     }
     return ATTN_OK;
 }
 
-/* The `chosen` largest of `count`; equal ones by index. */
-static void choose(int64_t count, int64_t chosen, const float *x, uint8_t *mask)
+/* Mark the `chosen` largest of `count`. */
+static void choose(int64_t count, int64_t chosen, const float *x, int64_t *indices, uint8_t *mask)
 {
+    attn_top_k(count, chosen, x, indices);
     for (int64_t j = 0; j < count; j++) {
         mask[j] = 0;
     }
     for (int64_t k = 0; k < chosen; k++) {
-        int64_t best = -1;
-        for (int64_t j = 0; j < count; j++) {
-            if (!mask[j] && (best < 0 || x[j] > x[best])) {
-                best = j;
-            }
-        }
-        mask[best] = 1;
+        mask[indices[k]] = 1;
     }
 }
 
@@ -95,7 +77,8 @@ static attn_status route(attn_call *call, router *r, uint8_t *mask, float *gates
 {
     int64_t heads = r->shared + r->routed;
     float *logits = attn_scratch_f32(call, r->tokens * r->routed);
-    if (logits == NULL) {
+    int64_t *indices = attn_arena_array(call->arena, (size_t)r->chosen, sizeof *indices);
+    if (logits == NULL || indices == NULL) {
         return attn_fail_memory((size_t)(r->tokens * r->routed) * sizeof(float));
     }
     ATTN_TRY(soft_linear(call, r, r->wg, r->chosen > 0 ? r->routed : 0, &r->p, logits));
@@ -114,7 +97,7 @@ static attn_status route(attn_call *call, router *r, uint8_t *mask, float *gates
         if (r->chosen == 0) {
             continue;
         }
-        choose(r->routed, r->chosen, logits + t * r->routed, m + r->shared);
+        choose(r->routed, r->chosen, logits + t * r->routed, indices, m + r->shared);
         double scale = (r->official ? (double)r->chosen / chosen_sum(r, t, mask) : 1) * group_factor(r, t, 1);
         for (int64_t j = 0; j < r->routed; j++) {
             g[r->shared + j] = m[r->shared + j] ? (float)((double)r->p[t * r->routed + j] * scale) : 0.0f;
@@ -274,7 +257,8 @@ static attn_status norm_route(attn_call *call, int64_t shared, int64_t chosen, f
     int64_t batch = attn_dim(call, "B"), heads = attn_dim(call, "H"), length = attn_dim(call, "N"), routed = heads - shared;
     double *norms = attn_arena_array(call->arena, (size_t)routed, sizeof *norms), mean, deviation;
     float *single = attn_scratch_f32(call, routed);
-    if (norms == NULL || single == NULL) {
+    int64_t *indices = attn_arena_array(call->arena, (size_t)chosen, sizeof *indices);
+    if (norms == NULL || single == NULL || indices == NULL) {
         return attn_fail_memory((size_t)routed * sizeof *norms);
     }
     for (int64_t t = 0; t < batch * length; t++) {
@@ -284,9 +268,9 @@ static attn_status norm_route(attn_call *call, int64_t shared, int64_t chosen, f
             to[j] = deviation > 0 ? (float)(norms[j] / deviation) : 0.0f;
             single[j] = deviation > 0 ? (float)norms[j] : 0.0f;
         }
-        softmax_row(routed, to);
+        attn_softmax_row(routed, to);
         memset(mask + t * heads, 1, (size_t)shared);
-        choose(routed, chosen, single, mask + t * heads + shared);
+        choose(routed, chosen, single, indices, mask + t * heads + shared);
     }
     return ATTN_OK;
 }

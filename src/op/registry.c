@@ -5,6 +5,10 @@
 
 /* In alphabetical order of the names; '.' comes before letters and '_' (tests/test_op.c checks). */
 #define MECHANISMS(X)              \
+    X(bam)                         \
+    X(bam_ffn)                     \
+    X(bam_moa)                     \
+    X(bam_upcycle)                 \
     X(dense)                       \
     X(disendiff)                   \
     X(disendiff_attention)         \
