@@ -89,7 +89,9 @@ static void pack_keeps_rows(void **unused)
         attn_gguf_tensor tensor = {"test", types[i], 2, {COLUMNS, ROWS, 1, 1}, data, 0};
         attn_quant_matrix matrix;
         int64_t rows = ROWS;
-        assert_int_equal(attn_quant_matrix_pack(&matrix, &tensor, ROWS, COLUMNS, reversed, &rows, 2), ATTN_OK);
+        attn_arena *arena;
+        assert_int_equal(attn_arena_create(&arena, 0), ATTN_OK);
+        assert_int_equal(attn_quant_matrix_pack(&matrix, arena, &tensor, ROWS, COLUMNS, reversed, &rows, 2), ATTN_OK);
         float *expected = malloc(sizeof(float) * ROWS * COLUMNS), row[COLUMNS];
         assert_int_equal(attn_gguf_dequantize(types[i], data, ROWS * COLUMNS, expected), ATTN_OK);
         for (int r = 0; r < ROWS; r++) {
@@ -104,7 +106,7 @@ static void pack_keeps_rows(void **unused)
         }
         free(expected);
         free(data);
-        attn_quant_matrix_free(&matrix);
+        attn_arena_destroy(arena);
     }
 }
 
@@ -136,7 +138,9 @@ static void one_product(attn_gguf_tensor_type type, int64_t tokens, int64_t rows
     unsigned char *data = random_blocks(type, rows, columns);
     attn_gguf_tensor tensor = {"test", type, 2, {columns, rows, 1, 1}, data, 0};
     attn_quant_matrix matrix;
-    assert_int_equal(attn_quant_matrix_pack(&matrix, &tensor, rows, columns, NULL, NULL, 1), ATTN_OK);
+    attn_arena *arena;
+    assert_int_equal(attn_arena_create(&arena, 0), ATTN_OK);
+    assert_int_equal(attn_quant_matrix_pack(&matrix, arena, &tensor, rows, columns, NULL, NULL, 1), ATTN_OK);
     float *w = malloc(sizeof *w * (size_t)(rows * columns)), *x = malloc(sizeof *x * (size_t)(tokens * columns));
     float *out = malloc(sizeof *out * (size_t)(tokens * rows)), *again = malloc(sizeof *again * (size_t)(tokens * rows));
     double *seen = malloc(sizeof *seen * (size_t)(tokens * columns));
@@ -145,8 +149,6 @@ static void one_product(attn_gguf_tensor_type type, int64_t tokens, int64_t rows
         x[i] = uniform() * (i % 97 == 0 ? 20.0f : 1.0f);
     }
     memset(x, 0, 32 * sizeof *x); /* a block of zeros */
-    attn_arena *arena;
-    assert_int_equal(attn_arena_create(&arena, 0), ATTN_OK);
     attn_quant_input input;
     assert_int_equal(attn_quant_input_make(&input, arena, tokens, columns), ATTN_OK);
     input.x = x;
@@ -182,7 +184,6 @@ static void one_product(attn_gguf_tensor_type type, int64_t tokens, int64_t rows
         assert_memory_equal(out, again, sizeof *out * (size_t)(tokens * rows));
     }
     attn_arena_destroy(arena);
-    attn_quant_matrix_free(&matrix);
     free(data);
     free(w);
     free(x);

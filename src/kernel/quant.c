@@ -7,6 +7,7 @@
 typedef int32_t vi __attribute__((vector_size(4 * VW)));
 typedef uint32_t vu __attribute__((vector_size(4 * VW)));
 
+#define AHEAD 8192 /* bytes to prefetch ahead */
 #define VECTORS (ATTN_QUANT_ROWS / VW) /* per panel */
 #define ROWS ATTN_QUANT_ROWS
 #if defined(__clang__)
@@ -155,6 +156,10 @@ VINLINE void super_scales(attn_quant_format f, const uint8_t *group, float *scal
 VINLINE void vector_unit(attn_quant_format f, const uint8_t *unit, const attn_quant_x *x, const vf *d, const vf *m,
                          vf *acc)
 {
+    /* Panels follow each other in memory, and generation reads each weight once: the hardware alone fetches too late. */
+    UNROLL for (size_t line = 0; line < attn_quant_code_bytes(f); line += 64) {
+        __builtin_prefetch(unit + AHEAD + line);
+    }
     vi sum[2][VECTORS], upper[2][VECTORS]; /* of the halves of the unit */
     const int offset = !has_minimum(f), wide = f == ATTN_QUANT_Q8_0;
     UNROLL for (int h = 0; h < 2; h++) {
