@@ -8,6 +8,7 @@
 #include <attn/memory.h>
 #include <attn/model.h>
 #include <attn/op.h>
+#include <attn/plan.h>
 #include <attn/policy.h>
 #include <attn/safetensors.h>
 #include <attn/sample.h>
