@@ -44,39 +44,35 @@ def test_opcheck_without_gradients(case):
                           test_utils=("test_schema", "test_faketensor"))
 
 
-# Their gradients leave out, as their papers say, what differences see: frozen rows, maps that serve as targets.
-STOPPED = ("disendiff", "disendiff.attention", "disendiff.embed", "disendiff.train")
-
-
-@smallest(lambda c: c.expected_grads and c.name not in STOPPED)
+@smallest(lambda c: c.expected_grads)
 def test_gradient_against_differences(case):
-    """The derivative along a random direction of all inputs, by central differences in float32."""
+    """The derivative along random directions, by central differences in float32."""
     torch.manual_seed(1)
     inputs = tensors(case)
     operator = attn.torch._OPERATORS[case.name]
-    weights = None
+    names = [p.identifier for p in case.mechanism.arguments]
+    leaves = [i for i, name in enumerate(names) if name in case.expected_grads]
 
     def loss(arguments):
-        nonlocal weights
         made = operator(*arguments, **case.params)
         made = (made,) if isinstance(made, torch.Tensor) else made
-        chosen = [m.double() for m, p in zip(made, case.mechanism.outputs) if p.differentiable and p.name in case.grads]
-        weights = weights or [torch.randn_like(c) for c in chosen]
-        return sum((c * w).sum() for c, w in zip(chosen, weights))
+        return sum((tensor.double() * torch.from_numpy(case.grads[p.name].copy())).sum()
+                   for tensor, p in zip(made, case.mechanism.outputs) if p.name in case.grads)
 
-    leaves = [t for t in inputs if t is not None and t.requires_grad]
     loss(inputs).backward()
-    direction = [torch.randn_like(t) * (t.detach().abs().mean() + 1e-3) for t in leaves]
-    slope = sum((t.grad.double() * d).sum() for t, d in zip(leaves, direction) if t.grad is not None).item()
+    direction = {i: torch.randn_like(inputs[i]) * (inputs[i].detach().abs().mean() + 1e-3) for i in leaves}
+    slope = sum((inputs[i].grad.double() * d).sum() for i, d in direction.items()).item()
+    expected = sum((torch.from_numpy(case.expected_grads[names[i]].copy()).double() * d).sum() for i, d in direction.items()).item()
     estimates = []
     with torch.no_grad():
         for step in (1e-3, 3e-3, 1e-2):
-            values = []
-            for sign in (1, -1):
-                moved = iter(t + sign * step * d for t, d in zip(leaves, direction))
-                values.append(loss([next(moved) if t is not None and t.requires_grad else t for t in inputs]).item())
-            estimates.append((values[0] - values[1]) / (2 * step))
+            ends = [loss([t + sign * step * direction[i] if i in direction else t for i, t in enumerate(inputs)]).item()
+                    for sign in (1, -1)]
+            estimates.append((ends[0] - ends[1]) / (2 * step))
     scale = max(abs(slope), *map(abs, estimates), 1e-3)
+    if min(abs(e - expected) for e in estimates) > 0.03 * scale:
+        assert abs(slope - expected) <= 0.01 * scale
+        pytest.skip("the reference's gradient is not the derivative: it stops at selections or targets")
     assert min(abs(e - slope) for e in estimates) <= 0.03 * scale, (slope, estimates)
 
 
