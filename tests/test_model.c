@@ -741,6 +741,68 @@ static void survives_damage(void **unused)
     drop(&t);
 }
 
+/* ---- Failing allocations ---- */
+
+static int allocations_left;
+
+static void *failing_alloc(void *user, size_t bytes)
+{
+    (void)user;
+    return allocations_left-- > 0 ? malloc(bytes) : NULL;
+}
+
+static void plain_free(void *user, void *memory)
+{
+    (void)user;
+    free(memory);
+}
+
+static attn_status open_and_evaluate(const tiny *t)
+{
+    attn_model *model;
+    attn_context *context = NULL;
+    ATTN_TRY(attn_model_open_memory(&model, t->file.data, t->file.bytes, NULL));
+    attn_context_settings settings = {.length = 32, .sequences = 2, .threads = 1, .cache = ATTN_I8};
+    attn_status status = attn_context_create(&context, model, &settings);
+    static const int64_t kept[] = {0, 2};
+    attn_context_batch batch = {0, test_tokens(), 6};
+    if (status == ATTN_OK) {
+        status = attn_context_eval(context, &batch, 1, NULL, NULL);
+    }
+    if (status == ATTN_OK) {
+        status = attn_context_keep(context, 0, 2, 0, kept, 2);
+    }
+    if (status == ATTN_OK) {
+        status = attn_context_copy(context, 1, 0);
+    }
+    attn_context_destroy(context);
+    attn_model_close(model);
+    return status;
+}
+
+static void allocations_may_fail(void **unused)
+{
+    (void)unused;
+    static const attn_allocator failing = {failing_alloc, plain_free, NULL};
+    for (size_t i = 0; i < SPECS; i += SPECS - 1) {
+        tiny t;
+        make(&t, specs[i]);
+        int count = 0;
+        for (attn_status status = ATTN_ERR_MEMORY; status != ATTN_OK; count++) {
+            attn_set_allocator(&failing);
+            allocations_left = count;
+            status = open_and_evaluate(&t);
+            attn_set_allocator(NULL);
+            if (status != ATTN_OK && status != ATTN_ERR_MEMORY) {
+                fail_msg("allocation %d: %s", count, attn_last_error());
+            }
+            assert_true(count < 10000);
+        }
+        assert_true(count > 50);
+        drop(&t);
+    }
+}
+
 int main(void)
 {
     const struct CMUnitTest tests[] = {
@@ -748,6 +810,7 @@ int main(void)
         cmocka_unit_test(threads_and_batches_agree), cmocka_unit_test(sequences_cut_and_copy),
         cmocka_unit_test(mechanisms_plug_in),     cmocka_unit_test(evaluation_is_checked),
         cmocka_unit_test(bad_files_are_refused),  cmocka_unit_test(survives_damage),
+        cmocka_unit_test(allocations_may_fail),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }
