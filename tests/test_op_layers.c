@@ -113,12 +113,82 @@ static void test_bam(void **state)
     opcheck_fails(&g, ATTN_ERR_SHAPE, "w_k");
 }
 
+static void rcmha_inputs(opcheck_case *c, int64_t n, int64_t memory, int64_t heads, int per_head)
+{
+    opcheck_input(c, "x", SHAPE(2, n, 5));
+    if (memory > 0) {
+        opcheck_input(c, "mem", SHAPE(2, memory, 5));
+    }
+    opcheck_input(c, "w_q", SHAPE(heads * 4, 5));
+    opcheck_input(c, "w_k", SHAPE(heads * 4, 5));
+    opcheck_input(c, "w_v", SHAPE(heads * 4, 5));
+    opcheck_input(c, "b_q", SHAPE(heads * 4));
+    opcheck_input(c, "b_v", SHAPE(heads * 4));
+    static const char *const taps[] = {"conv_q_w", "conv_k_w", "conv_v_w"};
+    for (int i = 0; i < 3; i++) {
+        if (per_head) {
+            opcheck_uniform(c, taps[i], SHAPE(heads, 4, 4), -0.5, 0.5);
+        } else {
+            opcheck_uniform(c, taps[i], SHAPE(4, 4), -0.5, 0.5);
+        }
+    }
+    opcheck_input(c, "conv_v_b", SHAPE(heads, 4));
+    opcheck_uniform(c, "rel_emb", SHAPE(2 * (n + memory), heads, 4), -0.5, 0.5);
+    opcheck_input(c, "rel_bias", SHAPE(2 * (n + memory), heads));
+    opcheck_input(c, "q_bias", SHAPE(heads, 4));
+    opcheck_input(c, "w_o", SHAPE(3, heads * 4));
+}
+
+static void test_rcmha(void **state)
+{
+    (void)state;
+    opcheck_case a = {.spec = "rcmha:heads=2,q_history=mem", .seed = 1, .step = 3e-3};
+    rcmha_inputs(&a, 5, 7, 2, 1);
+    opcheck_run(&a, 3e-2);
+    opcheck_case b = {.spec = "rcmha:heads=3,q_history=mem,causal=false", .seed = 2, .step = 3e-3};
+    rcmha_inputs(&b, 6, 1, 3, 0); /* memory shorter than the taps */
+    opcheck_run(&b, 3e-2);
+    opcheck_case c = {.spec = "rcmha:heads=2,decode=true,scale=0.2", .seed = 3, .step = 3e-3};
+    rcmha_inputs(&c, 9, 0, 2, 0);
+    opcheck_run(&c, 3e-2);
+    opcheck_case d = {.spec = "rcmha.core", .seed = 4, .step = 3e-3};
+    opcheck_input(&d, "q", SHAPE(1, 4, 150, 6));
+    opcheck_input(&d, "k", SHAPE(1, 2, 310, 6)); /* several tiles */
+    opcheck_input(&d, "v", SHAPE(1, 2, 310, 7));
+    opcheck_input(&d, "rel_emb", SHAPE(620, 4, 6));
+    opcheck_input(&d, "rel_bias", SHAPE(620, 4));
+    opcheck_run(&d, 3e-2);
+    opcheck_case e = {.spec = "rcmha.core:causal=false", .seed = 5, .step = 3e-3};
+    opcheck_input(&e, "q", SHAPE(2, 2, 20, 3));
+    opcheck_input(&e, "k", SHAPE(2, 1, 9, 3));
+    opcheck_input(&e, "v", SHAPE(2, 1, 9, 2));
+    opcheck_input(&e, "rel_emb", SHAPE(40, 2, 3));
+    opcheck_input(&e, "q_bias", SHAPE(2, 3));
+    opcheck_run(&e, 3e-2);
+    opcheck_case f = {.spec = "rcmha.dconv", .seed = 6};
+    opcheck_input(&f, "x", SHAPE(2, 3, 5, 4));
+    opcheck_input(&f, "w", SHAPE(3, 4, 3));
+    opcheck_input(&f, "b", SHAPE(4));
+    opcheck_input(&f, "state", SHAPE(2, 3, 2, 4));
+    opcheck_run(&f, 1e-2);
+    opcheck_case g = {.spec = "rcmha.core", .seed = 7};
+    opcheck_input(&g, "q", SHAPE(1, 2, 9, 3));
+    opcheck_input(&g, "k", SHAPE(1, 2, 9, 3));
+    opcheck_input(&g, "v", SHAPE(1, 2, 9, 3));
+    opcheck_input(&g, "rel_emb", SHAPE(16, 2, 3));
+    opcheck_fails(&g, ATTN_ERR_SHAPE, "P = 8");
+    opcheck_case h = {.spec = "rcmha:heads=2,decode=true,causal=false", .seed = 8};
+    rcmha_inputs(&h, 4, 0, 2, 0);
+    opcheck_fails(&h, ATTN_ERR_ARGUMENT, "causal");
+}
+
 int main(void)
 {
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(test_moh),
         cmocka_unit_test(test_moh_errors),
         cmocka_unit_test(test_bam),
+        cmocka_unit_test(test_rcmha),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }

@@ -23,6 +23,9 @@
     X(mrsa_cfg)                    \
     X(mrsa_mask)                   \
     X(mrsa_noise)                  \
+    X(rcmha)                       \
+    X(rcmha_core)                  \
+    X(rcmha_dconv)                 \
     X(retrieval_head)              \
     X(retrieval_head_insert)       \
     X(retrieval_head_locate)       \
