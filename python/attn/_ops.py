@@ -49,14 +49,18 @@ def _plain(item):
     raise TypeError(f"a parameter cannot be a {type(item).__name__}")
 
 
-def make_op(mechanism, values):
-    """The library's object for parameter values in the table's order."""
+def to_json(mechanism, values):
+    """Parameter values in the table's order as the library's JSON."""
     given = {p.name: v for p, v in zip(mechanism.params, values) if not (v is None and p.nullable)}
     try:
-        text = json.dumps(given, default=_plain, allow_nan=False)
+        return json.dumps(given, default=_plain, allow_nan=False)
     except ValueError:
         raise ValueError(f"{mechanism.name}: parameters must be finite: {given}") from None
-    return _core.Op(mechanism.name, text)
+
+
+def make_op(mechanism, values):
+    """The library's object for parameter values in the table's order."""
+    return _core.Op(mechanism.name, to_json(mechanism, values))
 
 
 class Cache(dict):

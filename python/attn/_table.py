@@ -289,12 +289,15 @@ def direct_source(m, routed=True):
     )
 
 
-# What `attn.torch` runs: the front calls the registered operator, or the library itself where nothing but the result is
-# wanted; the kernel is what is registered for the CPU.
+# What `attn.torch` runs: the front calls the registered operator, or the library itself where nobody but autograd watches;
+# the kernel is what is registered for the CPU.
 FRONT = """\
 def {name}({arguments}):
-    if _eager({inputs}):
+    way = _way({inputs})
+    if way == 1:
         return _direct({passed}outputs=outputs, threads=_threads())
+    if way == 2:
+        return _recorded({key}, outputs, {inputs})
     if outputs is None:
         return {result}
     return _select(_operator({passed}outputs=_names(outputs)), outputs)
@@ -311,7 +314,7 @@ def front_source(m):
     if len(m.outputs) > 1:
         call = f"_standard({call})"
     return FRONT.format(name=m.identifier, arguments=arguments(m, extra=("outputs=None",)), passed=passed, result=call,
-                        inputs=names(m.arguments))
+                        inputs=names(m.inputs), key=_key(m, "{}"))
 
 
 def kernel_source(m, one):

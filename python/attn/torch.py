@@ -6,7 +6,6 @@ and, where the mechanism is differentiable, gradients; so autograd, torch.compil
 """
 
 import functools
-import json
 from collections import namedtuple
 
 import torch
@@ -86,7 +85,6 @@ def _register_autograd(name, mechanism):
     order = [mechanism.inputs.index(p) for p in mechanism.arguments]  # argument number to input number
     fixed = [i for i, p in enumerate(mechanism.outputs) if not p.differentiable]
     keywords = [p.identifier for p in mechanism.params]
-    nullable = [p.nullable for p in mechanism.params]
 
     def setup(ctx, inputs, keyword_only_inputs, output):
         outputs = (output,) if isinstance(output, torch.Tensor) else tuple(output)
@@ -97,8 +95,7 @@ def _register_autograd(name, mechanism):
         for number, tensor in zip(order, inputs):
             arranged[number] = tensor
         ctx.save_for_backward(*arranged, *outputs)
-        ctx.params = json.dumps({p.name: keyword_only_inputs[k] for p, k, n in zip(mechanism.params, keywords, nullable)
-                                 if not (n and keyword_only_inputs[k] is None)})
+        ctx.params = _ops.to_json(mechanism, [keyword_only_inputs[k] for k in keywords])
 
     def backward(ctx, *grads):
         count = len(order)
@@ -198,15 +195,52 @@ except AttributeError:  # another PyTorch: every call goes through its dispatche
         return False
 
 
-def _eager(*inputs):
-    """Whether a call can go to the library without PyTorch's dispatcher, which costs several times as much as the rest."""
+def _way(*inputs):
+    """How a call runs: 0 by PyTorch's dispatcher, which costs several times as much as the rest of a small call; 1 directly;
+    2 directly, recorded for gradients."""
     if torch.compiler.is_compiling() or not _no_modes() or not _PLAIN.issuperset(map(type, inputs)):
-        return False
+        return 0
     if torch.is_grad_enabled():
         for tensor in inputs:
             if tensor is not None and tensor.requires_grad:
-                return False
-    return True
+                return 2
+    return 1
+
+
+def _recorder(mechanism):
+    """An autograd function that calls the library directly: apply(op, values, wanted, *inputs) gives the outputs
+    whose numbers are in `wanted`; values are op's parameters."""
+    inputs, outputs = len(mechanism.inputs), len(mechanism.outputs)
+    differentiable = tuple(p.differentiable for p in mechanism.inputs)
+    fixed = {i for i, p in enumerate(mechanism.outputs) if not p.differentiable}
+
+    class Recorder(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, op, values, wanted, *arrays):
+            made = op.forward(wanted, torch.get_num_threads(), *arrays)
+            ctx.op, ctx.values, ctx.wanted = op, values, wanted
+            ctx.set_materialize_grads(False)
+            ctx.mark_non_differentiable(*(t for i, t in zip(wanted, made) if i in fixed and t is not None))
+            ctx.save_for_backward(*arrays, *made)
+            return made
+
+        @staticmethod
+        def backward(ctx, *grads):
+            saved = ctx.saved_tensors
+            made, given = [None] * outputs, [None] * outputs
+            for i, tensor, grad in zip(ctx.wanted, saved[inputs:], grads):
+                made[i], given[i] = tensor, grad
+            if not any(grad is not None for grad in grads):
+                return (None,) * (inputs + 3)
+            wrt = tuple(n and d and t is not None for n, d, t in zip(ctx.needs_input_grad[3:], differentiable, saved))
+            if torch.is_grad_enabled():  # create_graph=True: the operator refuses second derivatives when they are taken
+                found = iter(torch.ops.attn._backward(mechanism.name, _ops.to_json(mechanism, ctx.values),
+                                                      saved[:inputs], made, given, wrt))
+                return (None, None, None, *(next(found) if w else None for w in wrt))
+            found = ctx.op.backward(torch.get_num_threads(), wrt, saved[:inputs], tuple(made), tuple(given))
+            return (None, None, None, *found)
+
+    return Recorder.apply
 
 
 def _front(mechanism):
@@ -214,6 +248,9 @@ def _front(mechanism):
     result = namedtuple(mechanism.result_name, [p.identifier for p in mechanism.standard_outputs])
     standard = tuple(i for i, p in enumerate(mechanism.outputs) if not p.on_request)
     one = len(mechanism.outputs) == 1
+    direct = _ops.direct(mechanism, routed=False)
+    cache = _ops.Cache(mechanism)
+    apply = _recorder(mechanism)
 
     def ask(outputs):
         wanted = _ops.request(mechanism, outputs)
@@ -223,15 +260,35 @@ def _front(mechanism):
         made = _present(mechanism, made)
         return made[standard[0]] if len(standard) == 1 else result(*(made[i] for i in standard))
 
-    def select(made, outputs):
-        made = (made,) if one else _present(mechanism, made)
+    def pick(made, outputs):
+        """From the outputs by number to what was asked for."""
         chosen = [made[i] for i in _ops.request(mechanism, outputs)]
         if isinstance(outputs, str):
             return chosen[0]
         return namedtuple(mechanism.result_name, [_table.identifier(n, set()) for n in outputs])(*chosen)
 
-    scope = {"_operator": _OPERATORS[mechanism.name], "_standard": to_result, "_select": select, "_names": ask,
-             "_eager": _eager, "_direct": _ops.direct(mechanism, routed=False), "_threads": torch.get_num_threads}
+    def select(made, outputs):
+        return pick((made,) if one else _present(mechanism, made), outputs)
+
+    def recorded(values, outputs, *inputs):
+        try:
+            op = cache.get(values) or cache.make(values)
+        except TypeError:  # lists
+            op = cache.make(values)
+        if outputs is None:
+            made = apply(op, values, standard, *inputs)
+            return made[0] if len(standard) == 1 else result(*made)
+        wanted = tuple(sorted({*standard, *_ops.request(mechanism, outputs)}))
+        return pick(dict(zip(wanted, apply(op, values, wanted, *inputs))), outputs)
+
+    def unrecorded(values, outputs, *inputs):
+        keywords = {p.identifier: v for p, v in zip(mechanism.params, values)}
+        keywords.update((p.identifier, t) for p, t in zip(mechanism.inputs, inputs))
+        return direct(**keywords, outputs=outputs, threads=torch.get_num_threads())
+
+    scope = {"_operator": _OPERATORS[mechanism.name], "_standard": to_result, "_select": select, "_names": ask, "_way": _way,
+             "_direct": direct, "_recorded": recorded if mechanism.differentiable else unrecorded,
+             "_threads": torch.get_num_threads}
     made = _table.compile_function(_table.front_source(mechanism), mechanism.identifier, scope)
     made.__module__ = "attn.torch"
     made.__qualname__ = mechanism.name

@@ -24,6 +24,11 @@ def optional(name):
         return None
 
 
+def available(name):
+    """Whether a package is installed."""
+    return importlib.util.find_spec(name) is not None
+
+
 torch = optional("torch")
 needs_torch = pytest.mark.skipif(torch is None, reason="PyTorch is not installed")
 

@@ -4,7 +4,7 @@ import doctest
 import re
 
 import pytest
-from conftest import ROOT, optional
+from conftest import MODEL, ROOT, available
 
 TEXT = (ROOT / "docs" / "python.md").read_text()
 
@@ -12,11 +12,11 @@ TEXT = (ROOT / "docs" / "python.md").read_text()
 def test_examples():
     skipped, text = [], TEXT
     for needs, block in re.findall(r"<!-- needs: ([\w, ]+) -->\n```python\n(.*?)```", TEXT, re.DOTALL):
-        if any(optional(name) is None for name in needs.split(", ")):
+        if not all(available(name) for name in needs.split(", ")):
             text = text.replace(block, "")
             skipped.append(needs)
     text = text.replace("```", "\n")
-    test = doctest.DocTestParser().get_doctest(text, {}, "python.md", "docs/python.md", 0)
+    test = doctest.DocTestParser().get_doctest(text, {"MODEL": MODEL}, "python.md", "docs/python.md", 0)
     report = []
     result = doctest.DocTestRunner(optionflags=doctest.ELLIPSIS).run(test, out=report.append)
     assert result.failed == 0, "".join(report)
