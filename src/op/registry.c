@@ -15,6 +15,7 @@
     X(disendiff_embed)             \
     X(disendiff_recon)             \
     X(disendiff_train)             \
+    X(flexprefill)                 \
     X(moh)                         \
     X(moh_gates)                   \
     X(moh_norm_gates)              \
@@ -23,6 +24,9 @@
     X(mrsa_cfg)                    \
     X(mrsa_mask)                   \
     X(mrsa_noise)                  \
+    X(rat)                         \
+    X(rat_decode)                  \
+    X(rat_scan)                    \
     X(rcmha)                       \
     X(rcmha_core)                  \
     X(rcmha_dconv)                 \
@@ -35,7 +39,10 @@
     X(softpag)                     \
     X(softpag_guide)               \
     X(softpag_hunt)                \
-    X(softpag_select)
+    X(softpag_select)              \
+    X(streaming)                   \
+    X(topk)                        \
+    X(topk_blocks)
 
 #define DECLARE(name) extern const attn_op_class attn_op_##name;
 MECHANISMS(DECLARE)
