@@ -46,7 +46,7 @@ if [ -z "${DOC:-}" ]; then
             $sudo apt-get update -qq >>log 2>&1 && apt-get download -qq doc-debian >>log 2>&1; }; }) ||
             fail "The Debian archive cannot be reached. When the network is up again run the same command, or use a text of your own: make demo DOC=path/to/text.txt ASK='your question'"
         dpkg-deb -x "$work"/doc-debian_*.deb "$work/tree"
-        zcat "$work/tree/usr/share/doc/debian/constitution.txt.gz" | sed -e '/^ *A\.6\. /,$d' -e 's/^ *//' >"$DOC.part"
+        zcat "$work/tree/usr/share/doc/debian/constitution.txt.gz" | sed -e '/^ *A\.5\. /,$d' -e 's/^ *//' >"$DOC.part"
         mv "$DOC.part" "$DOC"
         rm -rf "$work"
     fi

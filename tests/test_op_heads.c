@@ -1,0 +1,213 @@
+/* Mechanisms that analyse and steer heads: gradients against differences, thread counts, claims of their papers, errors. */
+#include <attn/op.h>
+
+#include "opcheck.h"
+
+#include <math.h>
+#include <setjmp.h>
+#include <stdarg.h>
+#include <stddef.h>
+#include <stdint.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include <cmocka.h>
+
+#define SHAPE(...) (int)(sizeof((int64_t[]){__VA_ARGS__}) / sizeof(int64_t)), (int64_t[]){__VA_ARGS__}
+
+static void attention_inputs(opcheck_case *c, int64_t heads, int64_t kv_heads, int64_t n, int64_t m)
+{
+    opcheck_input(c, "q", SHAPE(2, heads, n, 6));
+    opcheck_input(c, "k", SHAPE(2, kv_heads, m, 6));
+    opcheck_input(c, "v", SHAPE(2, kv_heads, m, 5));
+}
+
+static void test_softpag_gradients(void **state)
+{
+    (void)state;
+    const char *const specs[] = {"softpag:u=0.3",
+                                 "softpag:u=1",
+                                 "softpag:u=0.6,target=uniform",
+                                 "softpag:u=0.7,target=query_mean,tokens=[3,9]",
+                                 "softpag:u=1,target=query_mean",
+                                 "softpag:u=0.4,target=temperature,tau=0.5",
+                                 "softpag:u=0.5,target=max"};
+    for (size_t i = 0; i < sizeof specs / sizeof specs[0]; i++) {
+        opcheck_case c = {.spec = specs[i], .seed = i + 1, .samples = 12};
+        attention_inputs(&c, 4, 2, 13, 13);
+        opcheck_bool(&c, "heads", SHAPE(4), 0.7);
+        opcheck_run(&c, strstr(specs[i], "max") == NULL ? 1e-2 : 0); /* an arg-maximum may jump */
+    }
+}
+
+static void test_softpag_paths_meet(void **state)
+{
+    (void)state;
+    const char *const paths[] = {"linear", "slerp", "hellinger", "log_linear"};
+    for (int p = 0; p < 4; p++) {
+        for (int end = 0; end < 2; end++) {
+            char spec[80];
+            snprintf(spec, sizeof spec, "softpag:u=%d,path=%s", end, paths[p]);
+            opcheck_case c = {.spec = spec, .seed = 3};
+            attention_inputs(&c, 2, 2, 7, 7);
+            attn_op *op, *dense;
+            assert_int_equal(attn_op_create(&op, spec), ATTN_OK);
+            assert_int_equal(attn_op_create(&dense, "dense"), ATTN_OK);
+            float got[2 * 2 * 7 * 5], want[2 * 2 * 7 * 5];
+            attn_named_tensor to = {"o", attn_tensor_make(got, ATTN_F32, SHAPE(2, 2, 7, 5))};
+            attn_named_tensor exact = {"o", attn_tensor_make(want, ATTN_F32, SHAPE(2, 2, 7, 5))};
+            assert_int_equal(attn_op_forward(op, c.in, 3, &to, 1, NULL), ATTN_OK);
+            assert_int_equal(attn_op_forward(dense, c.in, 3, &exact, 1, NULL), ATTN_OK);
+            const float *end_value = end ? c.in[2].tensor.data : want;
+            for (int i = 0; i < 2 * 2 * 7 * 5; i++) {
+                if (fabsf(got[i] - end_value[i]) > 1e-4f) {
+                    fail_msg("%s: o[%d] = %g, expected %g", spec, i, (double)got[i], (double)end_value[i]);
+                }
+            }
+            attn_op_destroy(op);
+            attn_op_destroy(dense);
+            for (int i = 0; i < 3; i++) {
+                free(c.in[i].tensor.data);
+            }
+        }
+    }
+}
+
+static void test_softpag_errors(void **state)
+{
+    (void)state;
+    opcheck_case square = {.spec = "softpag"};
+    attention_inputs(&square, 2, 2, 7, 8);
+    opcheck_fails(&square, ATTN_ERR_SHAPE, "as many keys as queries");
+    opcheck_case path = {.spec = "softpag:path=slerp,target=uniform"};
+    attention_inputs(&path, 2, 2, 7, 7);
+    opcheck_fails(&path, ATTN_ERR_ARGUMENT, "need target = identity");
+    opcheck_case range = {.spec = "softpag:target=query_mean,tokens=[4,9]"};
+    attention_inputs(&range, 2, 2, 7, 7);
+    opcheck_fails(&range, ATTN_ERR_ARGUMENT, "tokens = [4, 9]");
+}
+
+static void mrsa_inputs(opcheck_case *c, int64_t references)
+{
+    attention_inputs(c, 4, 2, 9, 11);
+    opcheck_input(c, "k_ref", SHAPE(2, references, 2, 12, 6));
+    opcheck_input(c, "v_ref", SHAPE(2, references, 2, 12, 5));
+    float *mask = opcheck_uniform(c, "ref_mask", SHAPE(references, 7, 5), 0.1, 1);
+    for (int64_t i = 0; i < references * 35; i += 3) {
+        mask[i] = 0;
+    }
+}
+
+static void test_mrsa_gradients(void **state)
+{
+    (void)state;
+    const char *const specs[] = {"mrsa:grid=[3,4]", "mrsa:grid=[4,3],weights=[3,-1]", "mrsa:grid=[3,4],mode=mul,weights=[2,3]"};
+    for (size_t i = 0; i < 3; i++) {
+        opcheck_case c = {.spec = specs[i], .seed = i + 1, .samples = 12};
+        mrsa_inputs(&c, 2);
+        opcheck_run(&c, 1e-2);
+    }
+}
+
+static void test_mrsa_errors(void **state)
+{
+    (void)state;
+    opcheck_case grid = {.spec = "mrsa:grid=[3,3]"};
+    mrsa_inputs(&grid, 1);
+    opcheck_fails(&grid, ATTN_ERR_ARGUMENT, "does not hold the references' 12 tokens");
+    opcheck_case weights = {.spec = "mrsa:grid=[3,4],weights=[1,2,3]"};
+    mrsa_inputs(&weights, 2);
+    opcheck_fails(&weights, ATTN_ERR_ARGUMENT, "weights has 3 items");
+    opcheck_case steps = {.spec = "mrsa.noise:step=50"};
+    opcheck_input(&steps, "z_ref", SHAPE(2, 3));
+    opcheck_input(&steps, "eps", SHAPE(2, 3));
+    opcheck_fails(&steps, ATTN_ERR_ARGUMENT, "step < steps");
+}
+
+static void test_disendiff_gradients(void **state)
+{
+    (void)state;
+    opcheck_case loss = {.spec = "disendiff:grid=[5,6],power=3,sigma=0.8,kernel=5", .seed = 6, .step = 1e-3, .samples = 60,
+                         .only_output = "loss"};
+    opcheck_uniform(&loss, "attn", SHAPE(2, 2, 30, 9), 0, 1);
+    int64_t *modifier = opcheck_whole(&loss, "modifier", SHAPE(2, 2), 0, 0);
+    modifier[0] = 1, modifier[1] = 4, modifier[2] = modifier[3] = -1;
+    opcheck_run(&loss, 0); /* bind holds the class maps constant, so differences do not give its gradient */
+    opcheck_case attention = {.spec = "disendiff.attention:freeze=0", .seed = 2, .samples = 12};
+    opcheck_input(&attention, "q", SHAPE(2, 4, 5, 6));
+    opcheck_input(&attention, "k", SHAPE(2, 2, 7, 6));
+    opcheck_input(&attention, "v", SHAPE(2, 2, 7, 5));
+    opcheck_run(&attention, 1e-2);
+    opcheck_case train = {.spec = "disendiff.train:grid=[3,4],freeze=0", .seed = 3, .samples = 12, .step = 1e-2};
+    opcheck_input(&train, "q", SHAPE(2, 1, 2, 12, 6));
+    opcheck_input(&train, "k", SHAPE(2, 1, 2, 7, 6));
+    opcheck_input(&train, "v", SHAPE(2, 1, 2, 7, 5));
+    modifier = opcheck_whole(&train, "modifier", SHAPE(1, 2), 0, 0);
+    modifier[0] = 1, modifier[1] = 4;
+    opcheck_run(&train, 0);
+}
+
+static void test_disendiff_errors(void **state)
+{
+    (void)state;
+    opcheck_case partial = {.spec = "disendiff:grid=[2,3]"};
+    opcheck_uniform(&partial, "attn", SHAPE(1, 1, 6, 5), 0, 1);
+    int64_t *modifier = opcheck_whole(&partial, "modifier", SHAPE(1, 2), 0, 0);
+    modifier[0] = 1, modifier[1] = -1;
+    opcheck_fails(&partial, ATTN_ERR_ARGUMENT, "modifier[0, 1] = -1");
+    opcheck_case last = {.spec = "disendiff:grid=[2,3]"};
+    opcheck_uniform(&last, "attn", SHAPE(1, 1, 6, 5), 0, 1);
+    opcheck_whole(&last, "modifier", SHAPE(1, 1), 4, 4);
+    opcheck_fails(&last, ATTN_ERR_ARGUMENT, "modifier[0, 0] = 4");
+    opcheck_case even = {.spec = "disendiff:grid=[4,4],kernel=2"};
+    opcheck_uniform(&even, "attn", SHAPE(1, 1, 16, 5), 0, 1);
+    opcheck_whole(&even, "modifier", SHAPE(1, 1), 1, 1);
+    opcheck_fails(&even, ATTN_ERR_ARGUMENT, "odd");
+}
+
+static void test_retrieval_errors(void **state)
+{
+    (void)state;
+    opcheck_case keys = {.spec = "retrieval_head:needle_start=1,needle_end=3"};
+    opcheck_input(&keys, "q", SHAPE(1, 2, 3, 4));
+    opcheck_input(&keys, "k", SHAPE(1, 1, 9, 4));
+    opcheck_whole(&keys, "prompt", SHAPE(8), 0, 5);
+    opcheck_whole(&keys, "generated", SHAPE(3), 0, 5);
+    opcheck_fails(&keys, ATTN_ERR_SHAPE, "expected P + S - 1 = 10");
+    opcheck_case needle = {.spec = "retrieval_head:needle_start=3,needle_end=3"};
+    opcheck_input(&needle, "q", SHAPE(1, 2, 3, 4));
+    opcheck_input(&needle, "k", SHAPE(1, 1, 10, 4));
+    opcheck_whole(&needle, "prompt", SHAPE(8), 0, 5);
+    opcheck_whole(&needle, "generated", SHAPE(3), 0, 5);
+    opcheck_fails(&needle, ATTN_ERR_ARGUMENT, "needle_start < needle_end");
+    opcheck_case room = {.spec = "retrieval_head.insert:depth=50,context_length=10,buffer=8"};
+    opcheck_whole(&room, "context", SHAPE(20), 0, 5);
+    opcheck_whole(&room, "needle", SHAPE(5), 0, 5);
+    opcheck_fails(&room, ATTN_ERR_ARGUMENT, "has no room for a needle of 5 tokens");
+}
+
+static void test_retrieval_many_steps(void **state)
+{
+    (void)state;
+    opcheck_case c = {.spec = "retrieval_head:needle_start=100,needle_end=140,top_k=5,mode=set", .seed = 4};
+    opcheck_input(&c, "q", SHAPE(2, 6, 20, 8));
+    opcheck_input(&c, "k", SHAPE(2, 2, 1219, 8));
+    opcheck_whole(&c, "prompt", SHAPE(1200), 0, 9);
+    opcheck_whole(&c, "generated", SHAPE(20), 0, 9);
+    opcheck_run(&c, 0);
+    opcheck_case mask = {.spec = "retrieval_head.mask", .seed = 5};
+    attention_inputs(&mask, 4, 2, 9, 5); /* early queries see nothing */
+    opcheck_bool(&mask, "heads", SHAPE(4), 0.5);
+    opcheck_run(&mask, 0);
+}
+
+int main(void)
+{
+    const struct CMUnitTest tests[] = {
+        cmocka_unit_test(test_softpag_gradients), cmocka_unit_test(test_softpag_paths_meet), cmocka_unit_test(test_softpag_errors),
+        cmocka_unit_test(test_mrsa_gradients),    cmocka_unit_test(test_mrsa_errors),        cmocka_unit_test(test_disendiff_gradients),
+        cmocka_unit_test(test_disendiff_errors),  cmocka_unit_test(test_retrieval_errors),   cmocka_unit_test(test_retrieval_many_steps),
+    };
+    return cmocka_run_group_tests(tests, NULL, NULL);
+}
