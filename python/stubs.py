@@ -31,12 +31,16 @@ def load(name, path):
 def signatures(table, mechanism, name, array, extra, place=""):
     """Three overloads: the standard outputs, one output by name, several by name."""
     text = table.arguments(mechanism, annotate=array)
-    many = f"{mechanism.result_name}[{array}]" if array == "A" else mechanism.result_name
+    if array == "A" and not mechanism.inputs:  # no argument tells the kind
+        array = "Any"
+    many = f"{mechanism.result_name}[{array}]" if array in ("A", "Any") and "threads" in extra else mechanism.result_name
     standard = array if len(mechanism.standard_outputs) == 1 else many
     indent, self = "    " if place else "", "self, " if place == "method" else ""
     head = f"{indent}@staticmethod\n{indent}@overload" if place == "static" else f"{indent}@overload"
-    for kind, result in (("None = None", standard), ("str", array), ("Sequence[str]", f"tuple[{array} | None, ...]")):
-        yield f"{head}\n{indent}def {name}({self}{text}, outputs: {kind}{extra}) -> {result}: ..."
+    overlap = "  # type: ignore[overload-overlap]"  # a str is a sequence of str too
+    for kind, result, note in (("None = None", standard, ""), ("str", array, overlap),
+                               ("Sequence[str]", f"tuple[{array} | None, ...]", "")):
+        yield f"{head}\n{indent}def {name}({self}{text}, outputs: {kind}{extra}) -> {result}: ...{note}"
 
 
 def stub(table, mechanisms, array, extra):

@@ -12,7 +12,8 @@ attn.transformers as attention implementations of Hugging Face Transformers. att
 import builtins
 import functools
 import importlib
-from collections import namedtuple
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 from attn import _core, _ops, _table, ops
 from attn._model import Model
@@ -20,7 +21,13 @@ from attn._model import Model
 __all__ = ["Model", "attention", "backward", "cost", "describe", "list", "ops"]
 __version__ = _core.version()
 
-Cost = namedtuple("Cost", ["flops", "bytes", "pairs"])
+
+class Cost(NamedTuple):
+    """The main arithmetic, the bytes that must move when memory is the limit, and (query, key) pairs; 0: means nothing."""
+
+    flops: float
+    bytes: float
+    pairs: float
 
 
 def __getattr__(name):
@@ -29,12 +36,12 @@ def __getattr__(name):
     raise AttributeError(f"module 'attn' has no attribute '{name}'")
 
 
-def list():
+def list() -> "builtins.list[str]":
     """The names of all mechanisms, in alphabetical order."""
     return [*_ops.MECHANISMS]
 
 
-def describe(name):
+def describe(name: str) -> _table.Mechanism:
     """What a mechanism is, its inputs, parameters and outputs. Printed, it is text; its attributes are the same as data."""
     return _ops.find(name)
 
@@ -51,7 +58,8 @@ def _resolve(spec):
     return mechanism, _ops.function(name), given
 
 
-def attention(q, k, v, spec="dense", *, outputs=None, threads=0, **options):
+def attention(q: Any, k: Any, v: Any, spec: str = "dense", *, outputs: str | Sequence[str] | None = None,
+              threads: int = 0, **options: Any) -> Any:
     """Attention by the mechanism that a SPEC names.
 
     q is [B, H, N, D], k [B, Hkv, M, D], v [B, Hkv, M, Dv]; the result is [B, H, N, Dv], an array of the caller's kind.
@@ -90,7 +98,8 @@ def _bind(name, arguments, options):
     return mechanism, _ops.make_op(mechanism, values), tuple(inputs.get(p.identifier) for p in mechanism.inputs)
 
 
-def backward(spec, grads, *inputs, wrt=None, threads=0, **options):
+def backward(spec: str, grads: Mapping[str, Any], *inputs: Any, wrt: str | Sequence[str] | None = None, threads: int = 0,
+             **options: Any) -> dict[str, Any]:
     """Gradients of the mechanism's inputs, for arrays without an automatic differentiation of their own.
 
     grads maps names of outputs to dLoss/d(output); inputs and options are those of the forward call. The result maps the
@@ -110,7 +119,7 @@ def backward(spec, grads, *inputs, wrt=None, threads=0, **options):
     return {name: grad for name, grad in zip(names, made) if grad is not None}
 
 
-def cost(spec, *inputs, **options):
+def cost(spec: str, *inputs: Any, **options: Any) -> Cost:
     """The work of a call with these inputs, by the mechanism's own account: Cost(flops, bytes, pairs)."""
     _, op, arrays = _bind(spec, inputs, options)
     return Cost(*op.cost(*arrays))

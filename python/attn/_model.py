@@ -3,9 +3,13 @@
 import codecs
 import math
 import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from types import SimpleNamespace
+from typing import Any
 
 from attn import _core
+
+Prompt = str | Sequence[int] | Sequence[Mapping[str, str]]
 
 
 class Model:
@@ -25,27 +29,28 @@ class Model:
     the library does not know.
     """
 
-    def __init__(self, path, *, prompt=None, generation=None, policy=None, context_length=0, cache="f32", threads=0):
+    def __init__(self, path: str | os.PathLike, *, prompt: str | None = None, generation: str | None = None,
+                 policy: str | os.PathLike | None = None, context_length: int = 0, cache: str = "f32", threads: int = 0):
         if policy is not None and (prompt is not None or generation is not None):
             raise ValueError("policy excludes prompt and generation")
         self._model = _core.Model(os.fspath(path), threads)
         policy = None if policy is None else os.fspath(policy)
         self._context = self._model.context(context_length, cache, threads, prompt, generation, policy)
-        self._seen = []  # the tokens of the context
+        self._seen: list[int] = []  # the tokens of the context
         self.info = SimpleNamespace(**self._model.info())
 
     # ---- Text and tokens ----
 
-    def tokenize(self, text, *, special=True, parse=False):
+    def tokenize(self, text: str, *, special: bool = True, parse: bool = False) -> list[int]:
         """The tokens of a text. special: with the tokens that the model wants at the begin or end; parse: names of control
         tokens in the text ("<|im_start|>") become these tokens."""
         return self._model.tokenize(text, special, parse)
 
-    def detokenize(self, tokens, *, special=False):
+    def detokenize(self, tokens: Iterable[int], *, special: bool = False) -> str:
         """The text of tokens. special: with the names of control tokens."""
         return b"".join(self._model.token(t, special) for t in tokens).decode(errors="replace")
 
-    def chat(self, messages, *, reply=True):
+    def chat(self, messages: Sequence[Mapping[str, str]], *, reply: bool = True) -> str:
         """A conversation as the model's chat template writes it; messages are {"role": ..., "content": ...}."""
         return self._model.chat([(m["role"], m["content"]) for m in messages], reply)
 
@@ -81,8 +86,9 @@ class Model:
             raise
         self._seen += tokens
 
-    def generate_tokens(self, prompt, *, max_tokens=256, temperature=0.0, top_k=0, top_p=1.0, min_p=0.0,
-                        repeat_penalty=1.0, repeat_window=64, seed=0):
+    def generate_tokens(self, prompt: Prompt, *, max_tokens: int = 256, temperature: float = 0.0, top_k: int = 0,
+                        top_p: float = 1.0, min_p: float = 0.0, repeat_penalty: float = 1.0, repeat_window: int = 64,
+                        seed: int = 0) -> Iterator[int]:
         """Generate tokens one by one, until the model ends, max_tokens are reached, or the context is full.
 
         prompt is a text, a list of tokens, or a conversation (see `chat`). temperature 0 takes the most likely token;
@@ -106,7 +112,7 @@ class Model:
                 except ValueError:  # no room for more
                     return
 
-    def generate(self, prompt, *, stop=(), **options):
+    def generate(self, prompt: Prompt, *, stop: str | Sequence[str] = (), **options: Any) -> Iterator[str]:
         """Generate text piece by piece; the options are those of generate_tokens. stop: texts (or one) that end it and are
         not part of it."""
         stops = [stop] if isinstance(stop, str) else [*stop]
@@ -129,7 +135,7 @@ class Model:
 
     # ---- Measures ----
 
-    def logprobs(self, prompt):
+    def logprobs(self, prompt: Prompt) -> list[float]:
         """Natural log-probabilities of the tokens of a text (or list of tokens), each given those before it: one fewer than
         there are tokens."""
         tokens = self._tokens(prompt)
@@ -137,7 +143,7 @@ class Model:
         self._context.truncate(0)
         return self._context.logprobs(tokens) if len(tokens) > 1 else []
 
-    def perplexity(self, text, *, window=512):
+    def perplexity(self, text: Prompt, *, window: int = 512) -> float:
         """exp of the mean negative log-probability of a text's tokens, in windows of that many tokens that start afresh."""
         tokens = self._tokens(text)
         values = []
@@ -147,12 +153,12 @@ class Model:
             raise ValueError(f"a perplexity needs two tokens, the text has {len(tokens)}")
         return math.exp(-math.fsum(values) / len(values))
 
-    def logits(self):
+    def logits(self) -> Any:
         """Logits of the token that follows all that was read: a NumPy array (memoryview without NumPy). ValueError before
         anything was generated."""
         return self._context.logits()
 
     @property
-    def stats(self):
+    def stats(self) -> SimpleNamespace:
         """Tokens, seconds and cache memory so far."""
         return SimpleNamespace(**self._context.stats())

@@ -293,7 +293,7 @@ def direct_source(m, routed=True):
 # the kernel is what is registered for the CPU.
 FRONT = """\
 def {name}({arguments}):
-    way = _way({inputs})
+    way = {way}
     if way == 1:
         return _direct({passed}outputs=outputs, threads=_threads())
     if way == 2:
@@ -314,13 +314,14 @@ def front_source(m):
     if len(m.outputs) > 1:
         call = f"_standard({call})"
     return FRONT.format(name=m.identifier, arguments=arguments(m, extra=("outputs=None",)), passed=passed, result=call,
-                        inputs=names(m.inputs), key=_key(m, "{}"))
+                        inputs=names(m.inputs), key=_key(m, "{}"), way=f"_way({names(m.inputs)})" if m.inputs else "0")
 
 
 def kernel_source(m, one):
     key = _key(m, "{0} if {0} is None else tuple({0})")
-    call = (f"_find({key}).forward(None, _threads(), {names(m.inputs)})" if one
-            else f"_all(_find({key}), outputs, {names(m.inputs)})")
+    inputs = names(m.inputs) or "_kind, "  # without inputs, an array of the kind to make
+    call = (f"_find({key}).forward(None, _threads(), {inputs})" if one
+            else f"_all(_find({key}), outputs, {inputs})")
     return KERNEL.format(name=m.identifier, arguments=arguments(m, extra=('outputs=""',)), call=call)
 
 

@@ -149,7 +149,7 @@ def _define(mechanism):
             full[number] = tensor
         return tuple(torch.empty(0) if tensor is None else tensor for tensor in full)
 
-    scope = {"_find": find, "_threads": torch.get_num_threads, "_all": forward_all}
+    scope = {"_find": find, "_threads": torch.get_num_threads, "_all": forward_all, "_kind": torch.empty(0)}
     kernel = _table.compile_function(_table.kernel_source(mechanism, one), mechanism.identifier, scope)
 
     def fake(*arguments, **keywords):

@@ -153,4 +153,4 @@ def _hook(original):
 
 
 # Transformers knows implementations by their full names only; SPECs are without number, so each is registered when asked for.
-PreTrainedModel.get_correct_attn_implementation = _hook(PreTrainedModel.get_correct_attn_implementation)
+setattr(PreTrainedModel, "get_correct_attn_implementation", _hook(PreTrainedModel.get_correct_attn_implementation))

@@ -122,8 +122,10 @@ static int get_request(const py_op *self, PyObject *request, char wanted[MAX_POR
     return count < 0 ? -1 : 0;
 }
 
-/* The wanted outputs as Python arrays by output number; NULL where these inputs do not produce one. */
-static int run_forward(const py_op *self, const arrays *in, const char wanted[], int threads, PyObject *result[])
+/* The wanted outputs as Python arrays by output number; NULL where these inputs do not produce one. kind: an array of the
+ * kind to make when there are no inputs, or NULL. */
+static int run_forward(const py_op *self, const arrays *in, const char wanted[], int threads, PyObject *kind,
+                       PyObject *result[])
 {
     attn_named_tensor made[MAX_PORTS], given[MAX_PORTS];
     static const py_array empty;
@@ -136,6 +138,7 @@ static int run_forward(const py_op *self, const arrays *in, const char wanted[],
     }
     attn_dtype dtype;
     PyObject *like = leader(self, in, &dtype);
+    like = like != NULL ? like : kind;
     int failed = 0;
     for (int i = 0; i < count && !failed; i++) {
         int index = find_output(self, made[i].name);
@@ -182,7 +185,8 @@ static int run_forward(const py_op *self, const arrays *in, const char wanted[],
 }
 
 /* forward(request, threads, *inputs). request None: the standard outputs, bare when the mechanism has one, else a tuple;
- * a tuple of output numbers: a tuple of these. Outputs that the inputs do not produce are None. */
+ * a tuple of output numbers: a tuple of these. Outputs that the inputs do not produce are None. A mechanism without inputs may
+ * be given one array, whose kind the outputs then have. */
 static PyObject *forward(PyObject *object, PyObject *const *arguments, Py_ssize_t count)
 {
     py_op *self = (py_op *)object;
@@ -195,13 +199,14 @@ static PyObject *forward(PyObject *object, PyObject *const *arguments, Py_ssize_
     if (to_int(arguments[1], 0, 4096, "threads", &threads) != 0 || get_request(self, arguments[0], wanted) != 0) {
         return NULL;
     }
+    PyObject *kind = self->in_count == 0 && count == 3 ? arguments[2] : NULL;
     arrays in;
-    if (get_arrays(&in, self, self->in, self->in_count, arguments + 2, count - 2, 0) != 0) {
+    if (get_arrays(&in, self, self->in, self->in_count, arguments + 2, kind != NULL ? 0 : count - 2, 0) != 0) {
         return NULL;
     }
     PyObject *result[MAX_PORTS];
     memset(result, 0, sizeof result[0] * (size_t)self->out_count);
-    int status = run_forward(self, &in, wanted, threads, result);
+    int status = run_forward(self, &in, wanted, threads, kind, result);
     release(&in);
     if (status != 0) {
         return NULL;

