@@ -182,6 +182,59 @@ static void test_rcmha(void **state)
     opcheck_fails(&h, ATTN_ERR_ARGUMENT, "causal");
 }
 
+static void test_rat(void **state)
+{
+    (void)state;
+    opcheck_case a = {.spec = "rat:chunk=3,rotary_dim=4,head_map=tiled", .seed = 1, .step = 3e-3};
+    opcheck_input(&a, "q", SHAPE(2, 2, 11, 5));
+    opcheck_input(&a, "k", SHAPE(2, 1, 11, 5));
+    opcheck_input(&a, "v", SHAPE(2, 4, 11, 5));
+    opcheck_uniform(&a, "g", SHAPE(2, 4, 11, 5), 0, 1);
+    opcheck_run(&a, 3e-2);
+    opcheck_case b = {.spec = "rat:chunk=1,rotary_base=100,scale=0.3", .seed = 2, .step = 3e-3};
+    opcheck_input(&b, "q", SHAPE(1, 3, 150, 4));
+    opcheck_input(&b, "k", SHAPE(1, 3, 150, 4));
+    opcheck_input(&b, "v", SHAPE(1, 3, 150, 4));
+    opcheck_uniform(&b, "g", SHAPE(1, 3, 150, 4), 0, 1);
+    opcheck_run(&b, 3e-2);
+    opcheck_case c = {.spec = "rat.scan", .seed = 3, .step = 3e-3};
+    opcheck_input(&c, "x", SHAPE(2, 7, 3));
+    opcheck_uniform(&c, "g", SHAPE(2, 7, 3), 0, 1);
+    opcheck_input(&c, "state", SHAPE(2, 3));
+    opcheck_run(&c, 3e-2);
+    opcheck_case d = {.spec = "rat.local:window=3,rotary_dim=4", .seed = 4, .step = 3e-3};
+    opcheck_input(&d, "q", SHAPE(2, 4, 9, 6));
+    opcheck_input(&d, "k", SHAPE(2, 2, 9, 6));
+    opcheck_input(&d, "v", SHAPE(2, 2, 9, 6));
+    opcheck_run(&d, 3e-2);
+    opcheck_case e = {.spec = "rat.hybrid:heads=2,groups=1,chunk=3,window=2,interleave=3", .seed = 5, .step = 3e-3, .samples = 10};
+    opcheck_input(&e, "x", SHAPE(1, 7, 8));
+    opcheck_input(&e, "rat_norm", SHAPE(2, 8));
+    opcheck_uniform(&e, "rat_in", SHAPE(2, 32, 8), -0.4, 0.4);
+    opcheck_input(&e, "rat_gate_bias", SHAPE(2, 8));
+    opcheck_uniform(&e, "rat_out", SHAPE(2, 8, 8), -0.4, 0.4);
+    opcheck_input(&e, "local_norm", SHAPE(2, 8));
+    opcheck_uniform(&e, "local_in", SHAPE(2, 24, 8), -0.4, 0.4);
+    opcheck_uniform(&e, "local_out", SHAPE(2, 8, 8), -0.4, 0.4);
+    opcheck_input(&e, "ffn_norm", SHAPE(4, 8));
+    opcheck_uniform(&e, "ffn_1", SHAPE(4, 10, 8), -0.4, 0.4);
+    opcheck_uniform(&e, "ffn_2", SHAPE(4, 8, 10), -0.4, 0.4);
+    opcheck_input(&e, "final_norm", SHAPE(8));
+    opcheck_run(&e, 3e-2);
+    opcheck_case f = {.spec = "rat:chunk=2", .seed = 6};
+    opcheck_input(&f, "q", SHAPE(1, 2, 4, 5));
+    opcheck_input(&f, "k", SHAPE(1, 2, 4, 5));
+    opcheck_input(&f, "v", SHAPE(1, 2, 4, 5));
+    opcheck_input(&f, "g", SHAPE(1, 2, 4, 5));
+    opcheck_fails(&f, ATTN_ERR_ARGUMENT, "rotary_dim = 5");
+    opcheck_case g = {.spec = "rat.decode:chunk=2,steps=3", .seed = 7};
+    opcheck_input(&g, "q", SHAPE(1, 2, 4, 4));
+    opcheck_input(&g, "k", SHAPE(1, 2, 4, 4));
+    opcheck_input(&g, "v", SHAPE(1, 2, 4, 4));
+    opcheck_input(&g, "g", SHAPE(1, 2, 4, 4));
+    opcheck_fails(&g, ATTN_ERR_SHAPE, "k_end holds 0");
+}
+
 int main(void)
 {
     const struct CMUnitTest tests[] = {
@@ -189,6 +242,7 @@ int main(void)
         cmocka_unit_test(test_moh_errors),
         cmocka_unit_test(test_bam),
         cmocka_unit_test(test_rcmha),
+        cmocka_unit_test(test_rat),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }

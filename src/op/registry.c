@@ -26,6 +26,9 @@
     X(mrsa_noise)                  \
     X(rat)                         \
     X(rat_decode)                  \
+    X(rat_hybrid)                  \
+    X(rat_layer)                   \
+    X(rat_local)                   \
     X(rat_scan)                    \
     X(rcmha)                       \
     X(rcmha_core)                  \
