@@ -29,7 +29,7 @@ typedef struct blocks {
 typedef struct worker {
     float *q, *s, *o, *m, *l, *alpha, *rows;
     int64_t *begin, *end;
-    segment *segments;
+    segment *segments, *next; /* of this step, and of the one after it */
 } worker;
 
 static int values_as_they_lie(const dense_problem *p)
@@ -37,6 +37,15 @@ static int values_as_they_lie(const dense_problem *p)
     const attn_tensor *v = &p->in->v;
     return v->dtype == ATTN_F32 && v->stride[3] == 1 && p->dv % p->kernels->vw == 0;
 }
+
+static const float *values(const blocks *w, int64_t pair, int64_t key)
+{
+    const dense_problem *p = w->p;
+    return w->v != NULL ? w->v + (pair * p->m + key) * p->dv_pad
+                        : (const float *)(const void *)attn_dense_row(&p->in->v, pair / p->kv_heads, pair % p->kv_heads, key);
+}
+
+static int64_t value_stride(const blocks *w) { return w->v != NULL ? w->p->dv_pad : w->p->in->v.stride[2]; }
 
 static void pack_block(const blocks *w, int64_t pair, int64_t column, float *rows)
 {
@@ -114,7 +123,7 @@ static attn_status workers_create(const blocks *w, worker **workers, int threads
         x->m = attn_arena_array(arena, 3 * TASK_ROWS, sizeof(float));
         x->rows = attn_arena_array(arena, PACK_ROWS, (size_t)p->d * sizeof(float));
         x->begin = attn_arena_array(arena, 2 * TASK_ROWS, sizeof(int64_t));
-        x->segments = attn_arena_array(arena, STEP, sizeof(segment));
+        x->segments = attn_arena_array(arena, 2 * STEP, sizeof(segment));
         if (x->q == NULL || x->s == NULL || x->o == NULL || x->m == NULL || x->rows == NULL || x->begin == NULL ||
             x->segments == NULL) {
             made = NULL;
@@ -123,6 +132,7 @@ static attn_status workers_create(const blocks *w, worker **workers, int threads
         x->l = x->m + TASK_ROWS;
         x->alpha = x->l + TASK_ROWS;
         x->end = x->begin + TASK_ROWS;
+        x->next = x->segments + STEP;
     }
     *workers = made;
     return made != NULL ? ATTN_OK : attn_fail_memory((size_t)threads * TASK_ROWS * (size_t)(p->d + p->dv) * sizeof(float));
@@ -189,14 +199,12 @@ static void attend(const blocks *w, worker *x, int64_t b, int64_t h, int64_t lis
             kernels->scale(x->o + (r + a) * p->dv_pad, p->dv_pad, x->alpha[a]);
         }
     }
-    int64_t kv = h / p->group, ldv = w->v != NULL ? p->dv_pad : p->in->v.stride[2];
+    int64_t pair = b * p->kv_heads + h / p->group;
     for (int64_t i = 0; i < segments; i++) {
         int64_t first = x->segments[i].first;
         if (lengths[i] > 0) {
-            const float *v = w->v != NULL ? w->v + ((b * p->kv_heads + kv) * p->m + first) * p->dv_pad
-                                          : (const float *)(const void *)attn_dense_row(&p->in->v, b, kv, first);
-            kernels->product(rows, p->dv_pad, lengths[i], x->s + columns[i], STEP, 1, v, ldv, kernels->nr, x->o + r * p->dv_pad,
-                             p->dv_pad, 1);
+            kernels->product(rows, p->dv_pad, lengths[i], x->s + columns[i], STEP, 1, values(w, pair, first), value_stride(w),
+                             kernels->nr, x->o + r * p->dv_pad, p->dv_pad, 1);
         }
     }
 }
@@ -215,12 +223,12 @@ static int64_t next_step(const blocks *w, worker *x, int64_t pair, int64_t last,
         if (padded > room) {
             break;
         }
-        segment *before = count > 0 ? &x->segments[count - 1] : NULL;
+        segment *before = count > 0 ? &x->next[count - 1] : NULL;
         if (joins && before != NULL && before->mask == ATTN_PLAN_FULL && y->mask[*e] == ATTN_PLAN_FULL &&
             before->first + before->keys == first) {
             before->keys += keys;
         } else {
-            x->segments[count++] = (segment){first, keys, *inside, y->mask[*e],
+            x->next[count++] = (segment){first, keys, *inside, y->mask[*e],
                                              w->k + (pair * y->columns + column) * w->block_floats + *inside * p->d};
         }
         room -= padded;
@@ -231,6 +239,18 @@ static int64_t next_step(const blocks *w, worker *x, int64_t pair, int64_t last,
         }
     }
     return count;
+}
+
+/* Bring a share of the next step's keys and values near while this step is computed: lists jump where no hardware prefetcher follows. */
+static void prefetch_share(const blocks *w, const worker *x, int64_t pair, int64_t segments, int64_t share, int64_t shares)
+{
+    const dense_problem *p = w->p;
+    for (int64_t i = 0; i < segments; i++) {
+        const segment *g = &x->next[i];
+        int64_t first = g->keys * share / shares, count = g->keys * (share + 1) / shares - first;
+        attn_exec_prefetch(g->k + first * p->d, p->d, count, p->d);
+        attn_exec_prefetch(values(w, pair, g->first + first), value_stride(w), count, p->dv);
+    }
 }
 
 static void run_task(const blocks *w, worker *x, int64_t b, int64_t h, int64_t block, int64_t part, const attn_tensor *o,
@@ -247,10 +267,17 @@ static void run_task(const blocks *w, worker *x, int64_t b, int64_t h, int64_t b
         attn_dense_begin_row(p, h, &x->m[r], &x->l[r]);
     }
     memset(x->o, 0, (size_t)(attn_max_i64(rows, 0) * p->dv_pad) * sizeof(float));
-    int64_t e = y->start[row], inside = 0, segments;
-    while ((segments = next_step(w, x, b * p->kv_heads + h / p->group, y->start[row + 1], &e, &inside)) > 0) {
-        for (int64_t r = 0; r < rows; r += p->kernels->mr) {
-            attend(w, x, b, h, list, n0, r, attn_min_i64(p->kernels->mr, rows - r), segments);
+    int64_t e = y->start[row], inside = 0, pair = b * p->kv_heads + h / p->group, mr = p->kernels->mr;
+    int64_t coming = next_step(w, x, pair, y->start[row + 1], &e, &inside);
+    while (coming > 0) {
+        int64_t segments = coming;
+        segment *swap = x->segments;
+        x->segments = x->next;
+        x->next = swap;
+        coming = next_step(w, x, pair, y->start[row + 1], &e, &inside);
+        for (int64_t r = 0; r < rows; r += mr) {
+            prefetch_share(w, x, pair, coming, r / mr, attn_ceil_div(rows, mr));
+            attend(w, x, b, h, list, n0, r, attn_min_i64(mr, rows - r), segments);
         }
     }
     for (int64_t r = 0; r < rows; r++) {

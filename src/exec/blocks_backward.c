@@ -138,6 +138,18 @@ static void query_rows(const backward *w, worker *x, int64_t b, int64_t h, int64
     }
 }
 
+/* The next query block, while this one is computed. */
+static void prefetch_queries(const backward *w, int64_t b, int64_t h, int64_t n0, const float *grad_q)
+{
+    const dense_problem *p = w->p;
+    int64_t rows = attn_min_i64(attn_min_i64(ROWS, w->y->shape.block_q), p->n - n0), d_pad = w->rows.d_pad;
+    attn_exec_prefetch(attn_exec_row(&w->rows.q, b, h, n0), w->rows.q.row, rows, d_pad);
+    attn_exec_prefetch(attn_exec_row(&w->rows.grad_o, b, h, n0), w->rows.grad_o.row, rows, p->dv);
+    if (grad_q != NULL) {
+        attn_exec_prefetch(grad_q + n0 * d_pad, d_pad, rows, d_pad);
+    }
+}
+
 /* Keys key ... key+keys-1 of one key block against all query blocks that list it. */
 static void key_tile(const backward *w, worker *x, int64_t pair, int64_t share, int64_t column, int64_t key, int64_t keys)
 {
@@ -159,6 +171,9 @@ static void key_tile(const backward *w, worker *x, int64_t pair, int64_t share, 
         for (int64_t i = start[0]; i < start[1]; i++) {
             int64_t e = w->transposed[i], n0 = w->row_of[e] * y->shape.block_q;
             int64_t last = attn_min_i64(p->n, n0 + y->shape.block_q);
+            if (i + 1 < start[1]) {
+                prefetch_queries(w, b, h, w->row_of[w->transposed[i + 1]] * y->shape.block_q, grad_q);
+            }
             for (int64_t n = n0; n < last; n += ROWS) {
                 query_rows(w, x, b, h, n, attn_min_i64(ROWS, last - n), key, keys, key - column * y->shape.block_k, list, y->mask[e],
                            grad_q);

@@ -22,6 +22,7 @@ typedef struct gather {
     int64_t chunk;  /* queries of a block computed together */
     int64_t chunks; /* per block */
     int64_t parts;  /* of each list; merged by their log-sum-exp */
+    int64_t most;   /* rows of a task */
 } gather;
 
 typedef struct worker {
@@ -44,6 +45,7 @@ static gather gather_of(const dense_problem *p, const attn_plan_layout *y)
     w.chunk = attn_max_i64(1, attn_min_i64(attn_min_i64(y->shape.block_q, p->n), MOST_ROWS / w.stack));
     w.chunks = attn_ceil_div(attn_min_i64(y->shape.block_q, p->n), w.chunk);
     w.parts = 1;
+    w.most = w.chunk * w.stack;
     return w;
 }
 
@@ -157,13 +159,14 @@ static attn_status workers_create(const gather *w, worker **workers, int threads
 }
 
 /* Parts of one row in order, the sink first. */
-static void merge_row(const dense_problem *p, const float *parts, int64_t count, int64_t step, int64_t row, int64_t h, float *o, float *m,
-                      float *l)
+static void merge_row(const gather *w, const float *parts, int64_t step, int64_t row, int64_t h, float *o, float *m, float *l)
 {
+    const dense_problem *p = w->p;
+    int64_t count = w->parts;
     float sink_m, sink_l;
     attn_dense_begin_row(p, h, &sink_m, &sink_l);
     float top = sink_m;
-    const float *state = parts + MOST_ROWS * p->dv_pad;
+    const float *state = parts + w->most * p->dv_pad;
     for (int64_t i = 0; i < count; i++) {
         float here = state[i * step + row];
         top = here > top ? here : top;
@@ -174,7 +177,7 @@ static void merge_row(const dense_problem *p, const float *parts, int64_t count,
     for (int64_t i = 0; i < count; i++) {
         double weight = exp2((double)state[i * step + row] - (double)shift);
         if (weight != 0) {
-            sum += weight * (double)state[i * step + MOST_ROWS + row];
+            sum += weight * (double)state[i * step + w->most + row];
             p->kernels->axpy(o, parts + i * step + row * p->dv_pad, p->dv, (float)weight);
         }
     }
@@ -186,7 +189,7 @@ static void merge_row(const dense_problem *p, const float *parts, int64_t count,
 static attn_status run_parts(const gather *w, worker *workers, const attn_tensor *o, const attn_tensor *lse, attn_arena *arena, int threads)
 {
     const dense_problem *p = w->p;
-    int64_t tasks = w->units * w->y->rows * w->chunks, step = MOST_ROWS * (p->dv_pad + 2);
+    int64_t tasks = w->units * w->y->rows * w->chunks, step = w->most * (p->dv_pad + 2);
     float *states = attn_arena_array(arena, (size_t)(tasks * w->parts), (size_t)step * sizeof(float));
     if (states == NULL) {
         return attn_fail_memory((size_t)(tasks * w->parts * step) * sizeof(float));
@@ -200,8 +203,8 @@ static attn_status run_parts(const gather *w, worker *workers, const attn_tensor
             rows g = rows_of(w, task / w->chunks / w->y->rows, block, task % w->chunks);
             worker own = *x;
             own.o = states + i * step;
-            own.m = own.o + MOST_ROWS * p->dv_pad;
-            own.l = own.m + MOST_ROWS;
+            own.m = own.o + w->most * p->dv_pad;
+            own.l = own.m + w->most;
             for (int64_t r = 0; r < g.rows; r++) {
                 own.m[r] = -INFINITY;
                 own.l[r] = 0;
@@ -215,7 +218,7 @@ static attn_status run_parts(const gather *w, worker *workers, const attn_tensor
             for (int64_t r = 0; r < g.rows; r++) {
                 float m, l;
                 int64_t h = g.h0 + r / g.count;
-                merge_row(p, states + task * w->parts * step, w->parts, step, r, h, x->o, &m, &l);
+                merge_row(w, states + task * w->parts * step, step, r, h, x->o, &m, &l);
                 attn_exec_store_row(p, o, lse, g.b, h, g.n0 + r % g.count, x->o, m, l);
             }
         }
