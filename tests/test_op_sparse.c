@@ -1,0 +1,124 @@
+/* streaming, topk, topk.blocks and flexprefill: gradients against differences, threads, errors, plans. */
+#include "opcheck.h"
+
+#include "op/class.h"
+#include "plan/plan.h"
+
+#include <setjmp.h>
+#include <stdarg.h>
+#include <stddef.h>
+#include <string.h>
+
+#include <cmocka.h>
+
+static void qkv(opcheck_case *c, int64_t b, int64_t h, int64_t hkv, int64_t n, int64_t m, int64_t d, int64_t dv)
+{
+    opcheck_input(c, "q", 4, (int64_t[]){b, h, n, d});
+    opcheck_input(c, "k", 4, (int64_t[]){b, hkv, m, d});
+    opcheck_input(c, "v", 4, (int64_t[]){b, hkv, m, dv});
+}
+
+static void gradients(void **state)
+{
+    (void)state;
+    const struct {
+        const char *spec;
+        int64_t b, h, hkv, n, m, d, dv;
+    } cases[] = {
+        {"streaming:sinks=2,recent=5", 2, 4, 2, 23, 23, 7, 5},
+        {"streaming:sinks=0,recent=1", 1, 2, 2, 9, 20, 8, 8},
+        {"streaming:sinks=30,recent=70,scale=0.2", 1, 2, 1, 150, 170, 16, 16},
+        {"streaming:sinks=3,recent=4", 1, 2, 1, 12, 7, 8, 8},
+        {"streaming:sinks=3,recent=40", 2, 4, 1, 1, 90, 8, 9},
+        {"flexprefill:block=16,min_budget=16,gamma=0.6", 1, 2, 1, 83, 83, 8, 8},
+        {"flexprefill:block=16,min_budget=16,gamma=0.5,tau=0.9,max_budget=32", 2, 2, 2, 80, 128, 8, 5},
+        {"flexprefill:block=1,min_budget=3,gamma=0.5", 1, 2, 1, 20, 26, 8, 8},
+        {"flexprefill", 1, 2, 1, 30, 30, 8, 8},
+        {"flexprefill:block=1000000000000,min_budget=1000000000000", 1, 1, 1, 30, 30, 8, 8},
+    };
+    for (size_t i = 0; i < sizeof cases / sizeof cases[0]; i++) {
+        opcheck_case c = {.spec = cases[i].spec, .seed = i + 1};
+        qkv(&c, cases[i].b, cases[i].h, cases[i].hkv, cases[i].n, cases[i].m, cases[i].d, cases[i].dv);
+        /* Differences of flexprefill would cross changes of the selection; its attention is that of `blocks`. */
+        opcheck_run(&c, cases[i].spec[0] == 's' || i >= 8 ? 1e-2 : 0);
+    }
+}
+
+static void lengths(void **state)
+{
+    (void)state;
+    opcheck_case c = {.spec = "streaming:sinks=2,recent=6", .seed = 3};
+    qkv(&c, 3, 2, 1, 20, 25, 8, 8);
+    opcheck_whole(&c, "key_length", 1, (int64_t[]){3}, 0, 25);
+    opcheck_run(&c, 1e-2);
+}
+
+/* The step of the differences must not change the selection: every key is selected, or scores lie far apart. */
+static void topk_gradients(void **state)
+{
+    (void)state;
+    const char *specs[] = {"topk:top_k=50", "topk:top_k=50,causal=false,share_group=true", "topk.blocks:top_k=9,block_q=5,block_k=7",
+                           "topk.blocks:top_k=9,block_q=1000000000000,block_k=1000000000000,causal=false", "topk:top_k=3",
+                           "topk:top_k=4,share_group=true", "topk.blocks:top_k=2,block_q=8,block_k=6,causal=false", "topk.blocks:top_k=1"};
+    for (size_t i = 0; i < sizeof specs / sizeof specs[0]; i++) {
+        opcheck_case c = {.spec = specs[i], .seed = 20 + i};
+        qkv(&c, 2, 4, 2, 19, i % 2 ? 33 : 30, 6, 5);
+        opcheck_run(&c, i < 4 ? 1e-2 : 0);
+    }
+}
+
+static void empty_shapes(void **state)
+{
+    (void)state;
+    const char *specs[] = {"streaming", "topk:top_k=3", "topk.blocks:top_k=2", "flexprefill"};
+    for (int i = 0; i < 4; i++) {
+        opcheck_case none = {.spec = specs[i], .seed = 1};
+        qkv(&none, 1, 2, 1, 0, 0, 4, 4);
+        opcheck_run(&none, 0);
+        opcheck_case batch = {.spec = specs[i], .seed = 1};
+        qkv(&batch, 0, 2, 1, 3, 3, 4, 4);
+        opcheck_run(&batch, 0);
+        if (i < 3) {
+            opcheck_case keys = {.spec = specs[i], .seed = 1};
+            qkv(&keys, 1, 2, 1, 3, 0, 4, 4);
+            opcheck_run(&keys, 0);
+        }
+    }
+}
+
+static void errors(void **state)
+{
+    (void)state;
+    const struct {
+        const char *spec, *words;
+        attn_status status;
+        int64_t n, m;
+    } cases[] = {
+        {"streaming:recent=0", "recent", ATTN_ERR_ARGUMENT, 4, 4},
+        {"streaming:sinks=-1", "sinks", ATTN_ERR_ARGUMENT, 4, 4},
+        {"topk", "top_k", ATTN_ERR_ARGUMENT, 4, 4},
+        {"topk:top_k=0", "top_k", ATTN_ERR_ARGUMENT, 4, 4},
+        {"topk.blocks:top_k=1,block_q=0", "block_q", ATTN_ERR_ARGUMENT, 4, 4},
+        {"flexprefill:gamma=0", "gamma", ATTN_ERR_ARGUMENT, 4, 4},
+        {"flexprefill:gamma=1.1", "gamma", ATTN_ERR_ARGUMENT, 4, 4},
+        {"flexprefill:tau=-1", "tau", ATTN_ERR_ARGUMENT, 4, 4},
+        {"flexprefill:max_budget=8", "max_budget", ATTN_ERR_ARGUMENT, 4, 4},
+        {"flexprefill", "at least N", ATTN_ERR_SHAPE, 8, 4},
+        {"flexprefill", "multiple of block", ATTN_ERR_SHAPE, 4, 7},
+    };
+    for (size_t i = 0; i < sizeof cases / sizeof cases[0]; i++) {
+        opcheck_case c = {.spec = cases[i].spec, .seed = 1};
+        qkv(&c, 1, 2, 1, cases[i].n, cases[i].m, 4, 4);
+        opcheck_fails(&c, cases[i].status, cases[i].words);
+    }
+    opcheck_case heads = {.spec = "streaming", .seed = 1};
+    qkv(&heads, 1, 3, 2, 4, 4, 4, 4);
+    opcheck_fails(&heads, ATTN_ERR_SHAPE, "");
+}
+
+int main(void)
+{
+    const struct CMUnitTest tests[] = {cmocka_unit_test(gradients), cmocka_unit_test(lengths), cmocka_unit_test(topk_gradients),
+                                       cmocka_unit_test(empty_shapes), cmocka_unit_test(errors)};
+    return cmocka_run_group_tests(tests, NULL, NULL);
+}
