@@ -516,6 +516,7 @@ static attn_status reserve_logits(attn_context *c, int64_t rows)
 /* Logits of the rows from[0 ... count - 1] of x into out. */
 static void compute_logits(attn_context *c, const int64_t *from, int64_t count, float *out)
 {
+    double start = seconds_now();
     int64_t width = c->model->info.width, vocabulary = c->model->info.vocabulary;
     for (int64_t i = 0; i < count; i++) {
         kernels()->rms_norm(c->x + from[i] * width, c->model->output_norm, width, c->model->epsilon, c->h + i * width);
@@ -537,6 +538,7 @@ static void compute_logits(attn_context *c, const int64_t *from, int64_t count, 
             }
         }
     }
+    c->stats.linear_seconds += seconds_now() - start;
 }
 
 /* All rows of the chunk, a few at a time. */
