@@ -15,6 +15,16 @@
     X(disendiff_embed)             \
     X(disendiff_recon)             \
     X(disendiff_train)             \
+    X(dsf)                         \
+    X(dsf_attention)               \
+    X(dsf_matrices)                \
+    X(dsf_mqar)                    \
+    X(dsf_qlstm)                   \
+    X(dsf_qlstm_layer)             \
+    X(dsf_rglru)                   \
+    X(dsf_s6)                      \
+    X(dsf_s6_layer)                \
+    X(dsf_scan)                    \
     X(flexprefill)                 \
     X(moh)                         \
     X(moh_gates)                   \
