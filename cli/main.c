@@ -16,6 +16,7 @@ static const cli_command commands[] = {
     {"apply", cli_apply, "run a mechanism on tensors from a file"},
     {"check", cli_check, "compare mechanisms with files of expected results"},
     {"bench", cli_bench, "time mechanisms beside exact attention"},
+    {"plan", cli_plan, "make, draw, describe and time sparse plans"},
 };
 
 #define COMMAND_COUNT (sizeof commands / sizeof commands[0])

@@ -131,6 +131,12 @@ typedef struct attn_cost {
 } attn_cost;
 ATTN_API attn_status attn_op_cost(const attn_op *op, const attn_named_tensor *in, int in_count, attn_cost *cost);
 
+/* The plan (attn/plan.h) that a mechanism selects for these inputs; freed by attn_plan_destroy(). *plan is NULL on failure.
+ * ATTN_ERR_UNSUPPORTED for a mechanism that does not select blocks or keys. */
+struct attn_plan;
+ATTN_API attn_status attn_op_select(const attn_op *op, const attn_named_tensor *in, int in_count, struct attn_plan **plan,
+                                    const attn_exec *exec);
+
 #ifdef __cplusplus
 }
 #endif

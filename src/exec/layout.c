@@ -52,6 +52,31 @@ attn_status attn_layout_check_backward(const attn_plan_layout *y, const dense_pr
     return ATTN_OK;
 }
 
+/* Four bits as masks of four floats. */
+#define LANES(x) {(x) & 1 ? ~0u : 0, (x) & 2 ? ~0u : 0, (x) & 4 ? ~0u : 0, (x) & 8 ? ~0u : 0}
+static const uint32_t lanes[16][4] = {LANES(0), LANES(1), LANES(2),  LANES(3),  LANES(4),  LANES(5),  LANES(6),  LANES(7),
+                                      LANES(8), LANES(9), LANES(10), LANES(11), LANES(12), LANES(13), LANES(14), LANES(15)};
+
+/* -inf where a bit is 0; `at` is the number of the first bit. */
+static void mask_bits(float *s, const uint8_t *bits, int64_t at, int64_t count)
+{
+    int64_t j = 0;
+    for (; at % 4 == 0 && j + 4 <= count; j += 4, at += 4) {
+        const uint32_t *keep = lanes[bits[at >> 3] >> (at & 4) & 15];
+        uint32_t x[4];
+        memcpy(x, s + j, sizeof x);
+        for (int i = 0; i < 4; i++) {
+            x[i] = (x[i] & keep[i]) | (0xff800000u & ~keep[i]);
+        }
+        memcpy(s + j, x, sizeof x);
+    }
+    for (; j < count; j++, at++) {
+        if (!(bits[at >> 3] >> (at & 7) & 1)) {
+            s[j] = -INFINITY;
+        }
+    }
+}
+
 void attn_layout_mask(const attn_plan_layout *y, int64_t list, int32_t mask, float *s, int64_t position, int64_t query, int64_t first,
                       int64_t key, int64_t count)
 {
@@ -69,13 +94,7 @@ void attn_layout_mask(const attn_plan_layout *y, int64_t list, int32_t mask, flo
             attn_dense_mask_row(s, first, count, begin, end);
         }
     } else if (mask >= 0) {
-        const uint8_t *bits = y->bits + mask * y->bitmap_bytes;
-        int64_t at = query * y->shape.block_k + key;
-        for (int64_t j = 0; j < count; j++, at++) {
-            if (!(bits[at >> 3] >> (at & 7) & 1)) {
-                s[j] = -INFINITY;
-            }
-        }
+        mask_bits(s, y->bits + mask * y->bitmap_bytes, query * y->shape.block_k + key, count);
     }
 }
 

@@ -1,5 +1,6 @@
 /* Running a mechanism: named tensors to ports, shapes to symbols, layouts and types converted, gradients prepared. */
 #include "op/class.h"
+#include "plan/plan.h"
 
 #include <omp.h>
 #include <stdio.h>
@@ -621,6 +622,38 @@ attn_status attn_op_cost(const attn_op *op, const attn_named_tensor *in, int in_
     attn_status status = bind_inputs(&call, in, in_count, 0);
     if (status == ATTN_OK) {
         status = call.cls->cost(&call, cost);
+    }
+    attn_scratch_end(&scratch);
+    return status;
+}
+
+attn_status attn_op_select(const attn_op *op, const attn_named_tensor *in, int in_count, attn_plan **plan, const attn_exec *exec)
+{
+    attn_call call;
+    attn_scratch scratch;
+    attn_plan *made = NULL;
+    *plan = NULL;
+    call_init(&call, op);
+    if (call.cls->select == NULL) {
+        return attn_fail(ATTN_ERR_UNSUPPORTED, "%s does not select blocks or keys", call.cls->info.name);
+    }
+    ATTN_TRY(attn_scratch_begin(&scratch, exec));
+    call.arena = scratch.arena;
+    call.threads = attn_exec_threads(exec);
+    attn_status status = bind_inputs(&call, in, in_count, 1);
+    if (status == ATTN_OK) {
+        status = convert_inputs(&call);
+    }
+    if (status == ATTN_OK) {
+        status = attn_plan_create(&made, &(attn_plan_shape){1, 1, 0, 0, 1, 1});
+    }
+    if (status == ATTN_OK) {
+        status = call.cls->select(&call, made);
+    }
+    if (status == ATTN_OK) {
+        *plan = made;
+    } else {
+        attn_plan_destroy(made);
     }
     attn_scratch_end(&scratch);
     return status;
