@@ -64,13 +64,16 @@ def attention(q: Any, k: Any, v: Any, spec: str = "dense", *, outputs: str | Seq
 
     q is [B, H, N, D], k [B, Hkv, M, D], v [B, Hkv, M, Dv]; the result is [B, H, N, Dv], an array of the caller's kind.
     spec is "name" or "name:key=value,key=value"; parameters and further inputs of the mechanism can also be given as
-    keywords. With `outputs`, a name or several, other outputs of the mechanism are returned instead.
+    keywords; causal=True suits mechanisms that are always causal too. With `outputs`, a name or several, other outputs of the mechanism are returned instead.
 
     ValueError for an unknown mechanism or parameter, a value out of range, or shapes that do not agree; TypeError for a
     data type that the mechanism does not accept; MemoryError when there is not enough of it.
     """
     mechanism, function, given = _resolve(spec)
     if options:
+        names = [p.identifier for p in mechanism.params]
+        if options.get("causal") is True and "causal" not in names and _ops.probe(_ops.is_causal, mechanism.name, given, q, k, v):
+            del options["causal"]  # it is nothing else
         unknown = options.keys() - {p.identifier for p in (*mechanism.inputs, *mechanism.params)}
         if unknown:
             known = ", ".join(p.identifier for p in (*mechanism.inputs, *mechanism.params))

@@ -1,7 +1,9 @@
 """What makes the functions of attn.ops from the library's tables."""
 
+import array
 import functools
 import json
+import random
 import sys
 from collections import namedtuple
 from types import SimpleNamespace
@@ -136,3 +138,56 @@ def function(name):
     find(name)
     first, *rest = (_table.identifier(part, set()) for part in name.split("."))
     return functools.reduce(getattr, rest, top(first))
+
+
+# ---- What the tables do not say: tried on a few tokens ----
+
+
+def _noise(seed, *shape):
+    """Numbers of a few tokens, as a memoryview."""
+    count = functools.reduce(lambda a, b: a * b, shape)
+    numbers = random.Random(seed)
+    return memoryview(array.array("f", (numbers.uniform(-1, 1) for _ in range(count)))).cast("B").cast("f", shape)
+
+
+@functools.lru_cache(maxsize=1024)
+def is_causal(name, given, heads, kv_heads, width, value_width):
+    """Whether a mechanism without a parameter `causal` lets no query see a later key. given: its parameters as pairs."""
+    tokens = 16
+    q, k = _noise(1, 1, heads, tokens, width), _noise(2, 1, kv_heads, tokens, width)
+    v = _noise(3, 1, kv_heads, tokens, value_width)
+    results = []
+    try:
+        for _ in range(2):
+            o = function(name)(q, k, v, **dict(given), outputs="o", threads=1)
+            results.append(memoryview(o.tobytes()).cast("f"))
+            for h in range(kv_heads):  # another last key and value
+                for i in range(width):
+                    k[0, h, tokens - 1, i] += 3
+                for i in range(value_width):
+                    v[0, h, tokens - 1, i] += 3
+    except (TypeError, ValueError, NotImplementedError):
+        return False
+    seen = [abs(a - b) > 1e-6 for a, b in zip(*results)]
+    return not any(x for i, x in enumerate(seen) if i // value_width % tokens != tokens - 1)
+
+
+@functools.lru_cache(maxsize=1024)
+def takes_steps(name, given, heads, kv_heads, width, value_width):
+    """Whether a mechanism works for one query and any number of keys, as generation needs it."""
+    try:
+        for keys in (2, 4):
+            function(name)(_noise(1, 1, heads, 1, width), _noise(2, 1, kv_heads, keys, width),
+                           _noise(3, 1, kv_heads, keys, value_width), **dict(given), outputs="o", threads=1)
+    except (TypeError, ValueError, NotImplementedError):
+        return False
+    return True
+
+
+def probe(test, name, options, q, k, v):
+    """test (is_causal or takes_steps) for parameters and arrays as in a call."""
+    try:
+        given = tuple(sorted((key, tuple(x) if isinstance(x, list) else x) for key, x in options.items()))
+        return test(name, given, q.shape[1], k.shape[1], q.shape[3], v.shape[3])
+    except (AttributeError, IndexError, TypeError):
+        return False

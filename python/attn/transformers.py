@@ -8,7 +8,8 @@ numbers and "="; the first that names a layer is the one it gets, and layers wit
 
     "attn:0-1,30=dense;streaming:sinks=4,recent=1024"
 
-The mechanism has to work from q, k and v alone. Layers whose mask says more than "causal" need a mechanism with a `bias`
+The mechanism has to work from q, k and v alone, and to be causal where the model is. One that is for whole prompts only (as
+`flexprefill`) leaves single tokens, in generation, to `dense`. Layers whose mask says more than "causal" need a mechanism with a `bias`
 input, as `dense` has; layers with a sliding window of their own get `dense` with that window where the SPEC's mechanism
 cannot take it.
 """
@@ -41,7 +42,18 @@ class _Layer:
         if missing or not {"q", "k", "v"} <= self.inputs:
             raise ValueError(f"{self.mechanism.name} does not work from q, k and v alone"
                              + (f": it needs {', '.join(missing)}" if missing else ""))
+        self.causal = "causal" in self.params
         self.single = [p.name for p in self.mechanism.standard_outputs] == ["o"]
+
+    def check(self, q, k, v, is_causal):
+        """ValueError when queries of a causal layer would see later keys."""
+        if is_causal and not self.causal and q.shape[2] > 1 and not attn._ops.probe(
+                attn._ops.is_causal, self.mechanism.name, self.options, q, k, v):
+            raise ValueError(f"{self.mechanism.name} is not causal, as this layer has to be")
+
+    def steps(self, q, k, v):
+        """Whether it can compute one query at a time; some mechanisms are for whole prompts only."""
+        return attn._ops.probe(attn._ops.takes_steps, self.mechanism.name, self.options, q, k, v)
 
     def __call__(self, q, k, v, **given):
         outputs = {} if self.single else {"outputs": "o"}
@@ -90,6 +102,8 @@ def _attend(rules, module, query, key, value, attention_mask, scaling=None, drop
     layer = _layer(_spec_for(rules, getattr(module, "layer_idx", None)))
     if is_causal is None:
         is_causal = getattr(module, "is_causal", True)
+    if query.shape[2] == 1 and not layer.steps(query, key, value):
+        layer = _layer("dense")
     bias = attention_mask
     if bias is not None:
         bias = _additive(bias[..., : key.shape[2]], query.dtype)
@@ -112,8 +126,9 @@ def _attend(rules, module, query, key, value, attention_mask, scaling=None, drop
             raise ValueError(f"{layer.mechanism.name} has no {name}, which this layer needs ({reason})")
     if scaling is not None and "scale" in layer.params:
         given["scale"] = float(scaling)
-    if "causal" in layer.params:
+    if layer.causal:
         given["causal"] = bool(is_causal)
+    layer.check(query, key, value, is_causal)
     o = layer(query, key, value, **given)
     return o.transpose(1, 2).contiguous(), None
 

@@ -80,6 +80,17 @@ def test_against_plain_attention():
                                exact(q, k[:, :2], v[:, :2], True), rtol=1e-4, atol=2e-5)
 
 
+@pytest.mark.skipif("flexprefill" not in attn.list(), reason="this library has no flexprefill")
+def test_causal_of_what_is_always_causal():
+    q, k, v = qkv(1, 2, 64, 16)
+    got = attn.attention(q, k, v, "flexprefill:gamma=0.95", causal=True)
+    assert np.array_equal(got, attn.ops.flexprefill(q, k, v, gamma=0.95, outputs="o"))
+    with pytest.raises(ValueError, match="causal"):
+        attn.attention(q, k, v, "flexprefill", causal=False)
+    with pytest.raises(ValueError, match="causal"):
+        attn.attention(q, k, v, "disendiff.attention", causal=True)
+
+
 def layouts():
     def negative(x):
         return np.ascontiguousarray(x[:, :, ::-1, ::-1])[:, :, ::-1, ::-1]

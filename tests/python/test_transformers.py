@@ -107,6 +107,18 @@ def test_layers(llama):
     assert len(generate(load(llama, "attn:streaming:sinks=1,recent=8"), ids)[0]) == 144
 
 
+@pytest.mark.skipif("flexprefill" not in attn.list(), reason="this library has no flexprefill")
+def test_prompts_only(llama):
+    ids = tokens(100)
+    want = generate(load(llama, "sdpa"), ids)
+    assert generate(load(llama, "attn:flexprefill:block=16,gamma=1"), ids) == want
+
+
+def test_not_causal(llama):
+    with pytest.raises(ValueError, match="not causal"):
+        logits(load(llama, "attn:disendiff.attention"), tokens())
+
+
 def test_errors(llama):
     for name, text in (("attn:nothing", "no mechanism"), ("attn:dense:widow=1", "widow"), ("attn:", "expected"),
                        ("attn:dense:softcap=-1", "softcap"), ("attn:0-2", "no mechanism")):
