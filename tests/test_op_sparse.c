@@ -116,9 +116,50 @@ static void errors(void **state)
     opcheck_fails(&heads, ATTN_ERR_SHAPE, "");
 }
 
+/* attn_op_select gives the plan whose attention is the mechanism's output. */
+static void plans(void **state)
+{
+    (void)state;
+    const char *specs[] = {"streaming:sinks=2,recent=20", "topk:top_k=5", "topk:top_k=5,share_group=true", "topk.blocks:top_k=2,block_q=16,block_k=16",
+                           "flexprefill:block=16,min_budget=16,gamma=0.7"};
+    static float q[4 * 100 * 8], k[2 * 100 * 8], v[2 * 100 * 8], one[4 * 100 * 8], two[4 * 100 * 8];
+    for (size_t i = 0; i < sizeof q / sizeof q[0]; i++) {
+        q[i] = (float)((i * 7919) % 2003) / 1000 - 1;
+        k[i % 1600] = (float)((i * 104729) % 1009) / 500 - 1;
+        v[i % 1600] = (float)((i * 1299709) % 997) / 500 - 1;
+    }
+    const int64_t shape[] = {1, 4, 100, 8}, kv[] = {1, 2, 100, 8};
+    attn_named_tensor in[] = {{"q", attn_tensor_make(q, ATTN_F32, 4, shape)}, {"k", attn_tensor_make(k, ATTN_F32, 4, kv)},
+                              {"v", attn_tensor_make(v, ATTN_F32, 4, kv)}};
+    attn_named_tensor out = {"o", attn_tensor_make(one, ATTN_F32, 4, shape)};
+    attn_tensor o = attn_tensor_make(two, ATTN_F32, 4, shape);
+    attn_dense_inputs inputs = {.q = in[0].tensor, .k = in[1].tensor, .v = in[2].tensor};
+    attn_dense_settings settings;
+    attn_dense_defaults(&settings);
+    for (size_t i = 0; i < sizeof specs / sizeof specs[0]; i++) {
+        attn_op *op;
+        attn_plan *plan;
+        assert_int_equal(attn_op_create(&op, specs[i]), ATTN_OK);
+        assert_int_equal(attn_op_select(op, in, 3, &plan, NULL), ATTN_OK);
+        assert_int_equal(attn_plan_fits(plan, 1, 4, 2, 100, 100), ATTN_OK);
+        assert_int_equal(attn_op_forward(op, in, 3, &out, 1, NULL), ATTN_OK);
+        assert_int_equal(attn_plan_forward(plan, &settings, &inputs, &o, NULL, NULL), ATTN_OK);
+        assert_memory_equal(one, two, sizeof one);
+        attn_plan_destroy(plan);
+        attn_op_destroy(op);
+    }
+    attn_op *dense;
+    attn_plan *none;
+    assert_int_equal(attn_op_create(&dense, "dense"), ATTN_OK);
+    assert_int_equal(attn_op_select(dense, in, 3, &none, NULL), ATTN_ERR_UNSUPPORTED);
+    assert_null(none);
+    attn_op_destroy(dense);
+}
+
 int main(void)
 {
     const struct CMUnitTest tests[] = {cmocka_unit_test(gradients), cmocka_unit_test(lengths), cmocka_unit_test(topk_gradients),
-                                       cmocka_unit_test(empty_shapes), cmocka_unit_test(errors)};
+                                       cmocka_unit_test(empty_shapes), cmocka_unit_test(errors),
+                                       cmocka_unit_test(plans)};
     return cmocka_run_group_tests(tests, NULL, NULL);
 }
