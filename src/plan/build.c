@@ -110,10 +110,7 @@ static attn_status fill_function(attn_plan *plan, attn_plan_visible visible, voi
 {
     const attn_plan_layout *y = &plan->layout;
     const attn_plan_shape *s = &y->shape;
-    plan->scratch = attn_alloc((size_t)y->bitmap_bytes);
-    if (plan->scratch == NULL) {
-        return attn_fail_memory((size_t)y->bitmap_bytes);
-    }
+    ATTN_TRY(attn_plan_bitmaps(plan, 1, &plan->scratch));
     for (int64_t i = 0; i < lists * y->rows; i++) {
         int64_t list = i / y->rows, row = i % y->rows;
         for (int64_t c = 0; c < y->columns; c++) {

@@ -131,8 +131,7 @@ static attn_status combine(attn_plan **out, const attn_plan *a, const attn_plan 
     shape.batch = attn_max_i64(shape.batch, b->layout.shape.batch);
     shape.heads = attn_max_i64(shape.heads, b->layout.shape.heads);
     ATTN_TRY(attn_plan_create(&plan, &shape));
-    plan->scratch = attn_alloc((size_t)plan->layout.bitmap_bytes * 2);
-    attn_status status = plan->scratch != NULL ? ATTN_OK : attn_fail_memory((size_t)plan->layout.bitmap_bytes * 2);
+    attn_status status = attn_plan_bitmaps(plan, 2, &plan->scratch);
     for (int64_t list = 0; list < plan->lists && status == ATTN_OK; list++) {
         int64_t first = attn_plan_list(a, list / shape.heads, list % shape.heads);
         int64_t second = attn_plan_list(b, list / shape.heads, list % shape.heads);
@@ -180,8 +179,7 @@ attn_status attn_plan_mix(attn_plan **out, int64_t heads, const attn_plan *const
         shape.batch = attn_max_i64(shape.batch, plans[which[h]]->layout.shape.batch);
     }
     ATTN_TRY(attn_plan_create(&plan, &shape));
-    plan->scratch = attn_alloc((size_t)plan->layout.bitmap_bytes);
-    attn_status status = plan->scratch != NULL ? ATTN_OK : attn_fail_memory((size_t)plan->layout.bitmap_bytes);
+    attn_status status = attn_plan_bitmaps(plan, 1, &plan->scratch);
     for (int64_t list = 0; list < plan->lists; list++) {
         const attn_plan *from = plans[which[list % heads]];
         plan->rules[list] = from->rules[attn_plan_list(from, list / heads, list % heads)];

@@ -21,10 +21,8 @@ static attn_status block_picture(const attn_plan *plan, int64_t list, int64_t hi
 {
     const attn_plan_layout *y = &plan->layout;
     const attn_plan_shape *s = &y->shape;
-    uint8_t *bits = attn_alloc((size_t)y->bitmap_bytes);
-    if (bits == NULL) {
-        return attn_fail_memory((size_t)y->bitmap_bytes);
-    }
+    uint8_t *bits;
+    ATTN_TRY(attn_plan_bitmaps(plan, 1, &bits));
     for (int64_t row = 0; row < y->rows; row++) {
         int64_t at = list * y->rows + row;
         for (int64_t c = 0; c < y->columns; c++) {
@@ -101,19 +99,17 @@ static void token_picture(const attn_plan *plan, int64_t list, int64_t high, int
 
 attn_status attn_plan_draw_png(const attn_plan *plan, int64_t b, int64_t h, int64_t size, const char *path)
 {
-    const attn_plan_layout *y = &plan->layout;
-    const attn_plan_shape *s = &y->shape;
+    const attn_plan_shape *s = &plan->layout.shape;
     ATTN_TRY(check_head(plan, b, h));
     if (size < 1 || size > 1 << 14 || s->n < 1 || s->m < 1) {
         return attn_fail(ATTN_ERR_ARGUMENT, "size = %lld, expected 1 ... %d, and a plan with queries and keys", (long long)size, 1 << 14);
     }
     int64_t wide = attn_min_i64(size, s->m), high = attn_min_i64(size, s->n);
     double *seen = attn_calloc_array((size_t)(wide * high), sizeof *seen);
-    uint8_t *pixels = attn_alloc((size_t)(wide * high)), *bits = attn_alloc((size_t)y->bitmap_bytes);
-    attn_status status = ATTN_OK;
-    if (seen == NULL || pixels == NULL || bits == NULL) {
-        status = attn_fail_memory((size_t)(wide * high) * sizeof *seen);
-    } else {
+    uint8_t *pixels = attn_alloc((size_t)(wide * high)), *bits = NULL;
+    attn_status status = seen != NULL && pixels != NULL ? attn_plan_bitmaps(plan, 1, &bits)
+                                                        : attn_fail_memory((size_t)(wide * high) * sizeof *seen);
+    if (status == ATTN_OK) {
         token_picture(plan, attn_plan_list(plan, b, h), high, wide, bits, seen);
         for (int64_t i = 0; i < wide * high; i++) {
             int64_t py = i / wide, px = i % wide;

@@ -66,10 +66,8 @@ void attn_plan_measure(const attn_plan *plan, int64_t d, int64_t dv, attn_plan_m
             measures->entries += 1;
         }
     }
-    double all = (double)plan->lists * (double)s->n * (double)s->m, causal = 0;
-    for (int64_t n = 0; n < s->n; n++) {
-        causal += (double)attn_max_i64(0, attn_min_i64(s->m, n + s->m - s->n + 1));
-    }
+    double all = (double)plan->lists * (double)s->n * (double)s->m, queries = (double)attn_min_i64(s->n, s->m);
+    double causal = queries * (2 * (double)s->m - queries + 1) / 2;
     measures->density = all > 0 ? measures->pairs / all : 0;
     measures->speedup = measures->touched_pairs > 0 ? all / measures->touched_pairs : INFINITY;
     measures->causal_speedup = measures->touched_pairs > 0 ? (double)plan->lists * causal / measures->touched_pairs : INFINITY;

@@ -4,6 +4,8 @@
 
 #include <string.h>
 
+#define LARGEST_BITMAP (1 << 26) /* bytes */
+
 static attn_status check_extent(const char *name, int64_t value, int64_t min, int64_t max)
 {
     return value >= min && value <= max ? ATTN_OK
@@ -138,6 +140,18 @@ attn_status attn_plan_add_bits(attn_plan *plan, int64_t column, const uint8_t *b
     }
     memcpy(plan->bits + y->bitmaps * y->bitmap_bytes, bits, (size_t)y->bitmap_bytes);
     return attn_plan_add(plan, column, (int32_t)y->bitmaps++);
+}
+
+attn_status attn_plan_bitmaps(const attn_plan *plan, int64_t count, uint8_t **bits)
+{
+    const attn_plan_layout *y = &plan->layout;
+    *bits = NULL;
+    if (y->bitmap_bytes > LARGEST_BITMAP) {
+        return attn_fail(ATTN_ERR_ARGUMENT, "plan: blocks of %lld x %lld are too large for token-level masks", (long long)y->shape.block_q,
+                         (long long)y->shape.block_k);
+    }
+    *bits = attn_alloc((size_t)(y->bitmap_bytes * count));
+    return *bits != NULL ? ATTN_OK : attn_fail_memory((size_t)(y->bitmap_bytes * count));
 }
 
 void attn_plan_end_row(attn_plan *plan) { plan->start[++plan->rows_done] = plan->entries; }

@@ -20,6 +20,8 @@ attn_status attn_plan_create(attn_plan **plan, const attn_plan_shape *shape);
 attn_status attn_plan_add(attn_plan *plan, int64_t column, int32_t mask);
 /* A block by its bitmap: left out when no pair is visible, full when all are. */
 attn_status attn_plan_add_bits(attn_plan *plan, int64_t column, const uint8_t *bits);
+/* Room for `count` bitmaps; ATTN_ERR_ARGUMENT for blocks that are too large for them. */
+attn_status attn_plan_bitmaps(const attn_plan *plan, int64_t count, uint8_t **bits);
 void attn_plan_end_row(attn_plan *plan);
 /* Rows of list 0 again, for all other lists. */
 attn_status attn_plan_repeat(attn_plan *plan);
