@@ -91,7 +91,7 @@ static void pack_keeps_rows(void **unused)
         int64_t rows = ROWS;
         attn_arena *arena;
         assert_int_equal(attn_arena_create(&arena, 0), ATTN_OK);
-        assert_int_equal(attn_quant_matrix_pack(&matrix, arena, &tensor, ROWS, COLUMNS, reversed, &rows, 2), ATTN_OK);
+        assert_int_equal(attn_quant_matrix_pack(&matrix, arena, &tensor, ROWS, COLUMNS, reversed, &rows, 0, 2), ATTN_OK);
         float *expected = malloc(sizeof(float) * ROWS * COLUMNS), row[COLUMNS];
         assert_int_equal(attn_gguf_dequantize(types[i], data, ROWS * COLUMNS, expected), ATTN_OK);
         for (int r = 0; r < ROWS; r++) {
@@ -140,7 +140,7 @@ static void one_product(attn_gguf_tensor_type type, int64_t tokens, int64_t rows
     attn_quant_matrix matrix;
     attn_arena *arena;
     assert_int_equal(attn_arena_create(&arena, 0), ATTN_OK);
-    assert_int_equal(attn_quant_matrix_pack(&matrix, arena, &tensor, rows, columns, NULL, NULL, 1), ATTN_OK);
+    assert_int_equal(attn_quant_matrix_pack(&matrix, arena, &tensor, rows, columns, NULL, NULL, 0, 1), ATTN_OK);
     float *w = malloc(sizeof *w * (size_t)(rows * columns)), *x = malloc(sizeof *x * (size_t)(tokens * columns));
     float *out = malloc(sizeof *out * (size_t)(tokens * rows)), *again = malloc(sizeof *again * (size_t)(tokens * rows));
     double *seen = malloc(sizeof *seen * (size_t)(tokens * columns));

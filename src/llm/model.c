@@ -267,30 +267,16 @@ typedef struct loader {
     size_t loaded_bytes, total_bytes;
 } loader;
 
-/* Pages of packed tensors are not needed again: the mapping gives them back (and reads the file again if they are). */
-static void release_pages(const attn_gguf_tensor *tensor)
-{
-    uintptr_t page = (uintptr_t)sysconf(_SC_PAGESIZE);
-    uintptr_t begin = ((uintptr_t)tensor->data + page - 1) / page * page;
-    uintptr_t end = ((uintptr_t)tensor->data + tensor->bytes) / page * page;
-    if (end > begin) {
-        madvise((void *)begin, end - begin, MADV_DONTNEED);
-    }
-}
-
 static attn_status load_matrix(loader *in, const char *name, int64_t columns, int64_t rows, int paired,
                                attn_quant_matrix *matrix)
 {
     const attn_gguf_tensor *tensor = NULL;
     ATTN_TRY(find_tensor(in->model->file, name, 0, columns, rows, &tensor));
     ATTN_TRY(attn_quant_matrix_pack(matrix, in->model->weights, tensor, rows, columns, paired ? paired_row : NULL,
-                                    &in->pairs, in->threads));
+                                    &in->pairs, in->mapped, in->threads));
     in->used++;
     in->loaded_bytes += tensor->bytes;
     in->model->info.weight_bytes += attn_quant_packed_bytes(tensor->type, rows, columns);
-    if (in->mapped) {
-        release_pages(tensor);
-    }
     if (in->settings->progress != NULL &&
         in->settings->progress(in->settings->user, (double)in->loaded_bytes / (double)in->total_bytes) != 0) {
         return attn_fail(ATTN_ERR_CANCELLED, "opening of the model was cancelled");

@@ -3,11 +3,13 @@
 
 #include "tensor/half.h"
 
-#include <omp.h>
+#include <sys/mman.h>
+#include <unistd.h>
 
 #define ROWS ATTN_QUANT_ROWS
 #define UNIT ATTN_QUANT_UNIT
 #define GROUP ATTN_QUANT_GROUP
+#define SLICE_BYTES (4 << 20)
 #define PAIR (2 * ROWS) /* rows that a tile computes; matrices are padded to whole pairs of panels */
 
 static const attn_quant_kernels *kernels(void)
@@ -187,9 +189,20 @@ size_t attn_quant_packed_bytes(attn_gguf_tensor_type type, int64_t rows, int64_t
     return format_of(type) < 0 ? 0 : (size_t)padded_panels(rows) * panel_bytes(type, columns);
 }
 
+/* The whole pages of the first `bytes` bytes. */
+static void release_pages(const void *data, size_t bytes)
+{
+    uintptr_t page = (uintptr_t)sysconf(_SC_PAGESIZE);
+    uintptr_t begin = ((uintptr_t)data + page - 1) / page * page, end = ((uintptr_t)data + bytes) / page * page;
+    if (end > begin) {
+        madvise((void *)begin, end - begin, MADV_DONTNEED);
+    }
+}
+
 attn_status attn_quant_matrix_pack(attn_quant_matrix *matrix, attn_arena *arena, const attn_gguf_tensor *tensor,
                                    int64_t rows, int64_t columns,
-                                   int64_t (*source_row)(const void *user, int64_t row), const void *user, int threads)
+                                   int64_t (*source_row)(const void *user, int64_t row), const void *user, int mapped,
+                                   int threads)
 {
     *matrix = (attn_quant_matrix){0};
     int format = format_of(tensor->type);
@@ -205,20 +218,28 @@ attn_status attn_quant_matrix_pack(attn_quant_matrix *matrix, attn_arena *arena,
     if (made.data == NULL) {
         return attn_fail_memory((size_t)panels * made.panel_bytes);
     }
+    /* In slices, so that the file's pages and their packed copy are not all in memory at the same time. */
+    int64_t slice = attn_max_i64(PAIR, SLICE_BYTES / (int64_t)made.panel_bytes);
+    for (int64_t first = 0; first < panels; first += slice) {
+        int64_t end = attn_min_i64(panels, first + slice);
 #pragma omp parallel for num_threads(threads) schedule(static)
-    for (int64_t p = 0; p < panels; p++) {
-        unsigned char *panel = made.data + (size_t)p * made.panel_bytes;
-        if (p * ROWS + ROWS > rows) {
-            memset(panel, 0, made.panel_bytes);
-        }
-        for (int r = 0; r < ROWS && p * ROWS + r < rows; r++) {
-            int64_t row = source_row != NULL ? source_row(user, p * ROWS + r) : p * ROWS + r;
-            const unsigned char *source = (const unsigned char *)tensor->data + (size_t)row * row_bytes;
-            if (is_float(made.format)) {
-                pack_float_row(panel, r, source, columns, width);
-            } else {
-                pack_row(made.format, panel, r, source, columns / UNIT);
+        for (int64_t p = first; p < end; p++) {
+            unsigned char *panel = made.data + (size_t)p * made.panel_bytes;
+            if (p * ROWS + ROWS > rows) {
+                memset(panel, 0, made.panel_bytes);
             }
+            for (int r = 0; r < ROWS && p * ROWS + r < rows; r++) {
+                int64_t row = source_row != NULL ? source_row(user, p * ROWS + r) : p * ROWS + r;
+                const unsigned char *source = (const unsigned char *)tensor->data + (size_t)row * row_bytes;
+                if (is_float(made.format)) {
+                    pack_float_row(panel, r, source, columns, width);
+                } else {
+                    pack_row(made.format, panel, r, source, columns / UNIT);
+                }
+            }
+        }
+        if (mapped && (source_row == NULL || end == panels)) {
+            release_pages(tensor->data, (size_t)attn_min_i64(rows, end * ROWS) * row_bytes);
         }
     }
     *matrix = made;
