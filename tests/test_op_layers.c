@@ -151,7 +151,7 @@ static void test_rcmha(void **state)
     opcheck_case c = {.spec = "rcmha:heads=2,decode=true,scale=0.2", .seed = 3, .step = 3e-3};
     rcmha_inputs(&c, 9, 0, 2, 0);
     opcheck_run(&c, 3e-2);
-    opcheck_case d = {.spec = "rcmha.core", .seed = 4, .step = 3e-3};
+    opcheck_case d = {.spec = "rcmha.core", .seed = 4, .step = 3e-3, .samples = 8};
     opcheck_input(&d, "q", SHAPE(1, 4, 150, 6));
     opcheck_input(&d, "k", SHAPE(1, 2, 310, 6)); /* several tiles */
     opcheck_input(&d, "v", SHAPE(1, 2, 310, 7));
@@ -235,6 +235,89 @@ static void test_rat(void **state)
     opcheck_fails(&g, ATTN_ERR_SHAPE, "k_end holds 0");
 }
 
+static void test_dsf(void **state)
+{
+    (void)state;
+    opcheck_case a = {.spec = "dsf:mix=true", .seed = 1, .step = 3e-3};
+    opcheck_input(&a, "u", SHAPE(2, 5, 3));
+    opcheck_uniform(&a, "lam", SHAPE(2, 5, 4), 0, 1);
+    opcheck_input(&a, "bm", SHAPE(2, 5, 4, 3));
+    opcheck_input(&a, "cm", SHAPE(2, 5, 2, 4));
+    opcheck_input(&a, "dm", SHAPE(2, 5, 2, 3));
+    opcheck_input(&a, "h0", SHAPE(2, 4));
+    opcheck_run(&a, 3e-2);
+    for (int form = 0; form < 4; form++) { /* which axes of the decay are broadcast */
+        opcheck_case b = {.spec = "dsf.scan", .seed = 10 + (uint64_t)form, .step = 3e-3, .samples = 6};
+        opcheck_input(&b, "v", SHAPE(2, 3, 40, 35));
+        opcheck_input(&b, "b", SHAPE(2, 3, 40, 4));
+        opcheck_input(&b, "c", SHAPE(2, 3, 40, 4));
+        opcheck_uniform(&b, "lam", SHAPE(2, 3, 40, form & 1 ? 35 : 1, form & 2 ? 4 : 1), 0.5, 1);
+        if (form > 0) {
+            opcheck_input(&b, "gain", SHAPE(2, 3, 40, form & 1 ? 35 : 1));
+            opcheck_input(&b, "skip", SHAPE(3, 35));
+            opcheck_input(&b, "h0", SHAPE(2, 3, 35, 4));
+        }
+        opcheck_run(&b, 3e-2);
+    }
+    static const char *const specs[] = {"dsf.attention:eta=softplus", "dsf.attention:eta=sigmoid,phi=elu1", "dsf.attention:eta=sum,phi=elu1",
+                                        "dsf.attention:phi=taylor,order=3,eta=none", "dsf.attention:phi=taylor,order=2,eta=sum,decode=true",
+                                        "dsf.attention:eta=exp,phi=taylor,order=0"};
+    for (int i = 0; i < 6; i++) {
+        opcheck_case c = {.spec = specs[i], .seed = 20 + (uint64_t)i, .step = 3e-3, .samples = 8};
+        opcheck_input(&c, "q", SHAPE(2, 4, 70, 3));
+        opcheck_input(&c, "k", SHAPE(2, 2, 70, 3));
+        opcheck_input(&c, "v", SHAPE(2, 2, 70, 5));
+        opcheck_input(&c, "n", SHAPE(2, 4, 70));
+        opcheck_run(&c, 3e-2);
+    }
+    opcheck_case d = {.spec = "dsf.s6", .seed = 30, .step = 3e-3};
+    opcheck_input(&d, "u", SHAPE(2, 9, 4));
+    opcheck_input(&d, "dt", SHAPE(2, 9, 1));
+    opcheck_input(&d, "dt_bias", SHAPE(4));
+    opcheck_input(&d, "A_log", SHAPE(1, 1));
+    opcheck_input(&d, "b", SHAPE(2, 9, 3));
+    opcheck_input(&d, "c", SHAPE(2, 9, 3));
+    opcheck_input(&d, "h0", SHAPE(2, 4, 3));
+    opcheck_run(&d, 3e-2);
+    opcheck_case e = {.spec = "dsf.s6_layer", .seed = 31, .step = 3e-3};
+    opcheck_input(&e, "x", SHAPE(2, 6, 5));
+    opcheck_uniform(&e, "w_x", SHAPE(8, 5), -0.6, 0.6);
+    opcheck_uniform(&e, "w_dt", SHAPE(5, 2), -0.6, 0.6);
+    opcheck_input(&e, "dt_bias", SHAPE(5));
+    opcheck_input(&e, "A_log", SHAPE(5, 3));
+    opcheck_input(&e, "skip", SHAPE(5));
+    opcheck_input(&e, "w_out", SHAPE(4, 5));
+    opcheck_run(&e, 3e-2);
+    for (int reversed = 0; reversed < 2; reversed++) {
+        opcheck_case f = {.spec = reversed ? "dsf.qlstm" : "dsf.qlstm:reversed=false", .seed = 32, .step = 3e-3};
+        opcheck_input(&f, "x", SHAPE(2, 6, 4));
+        opcheck_input(&f, "w_gates", SHAPE(12, 4));
+        opcheck_input(&f, "b_gates", SHAPE(12));
+        if (reversed) {
+            opcheck_uniform(&f, "alpha", SHAPE(1), 0.5, 1.5);
+        }
+        opcheck_input(&f, "h0", SHAPE(2, 4));
+        opcheck_run(&f, 3e-2);
+    }
+    opcheck_case g = {.spec = "dsf.rglru:c=2", .seed = 33, .step = 3e-3};
+    opcheck_input(&g, "x", SHAPE(2, 6, 4));
+    opcheck_input(&g, "r", SHAPE(2, 6, 4));
+    opcheck_input(&g, "g", SHAPE(2, 6, 4));
+    opcheck_input(&g, "a_param", SHAPE(4));
+    opcheck_input(&g, "h0", SHAPE(2, 4));
+    opcheck_run(&g, 3e-2);
+    opcheck_case h = {.spec = "dsf.attention:eta=exp", .seed = 34};
+    opcheck_input(&h, "q", SHAPE(1, 1, 3, 2));
+    opcheck_input(&h, "k", SHAPE(1, 1, 3, 2));
+    opcheck_input(&h, "v", SHAPE(1, 1, 3, 2));
+    opcheck_fails(&h, ATTN_ERR_ARGUMENT, "need the input n");
+    opcheck_case i = {.spec = "dsf.mqar:length=8", .seed = 35};
+    opcheck_whole(&i, "keys", SHAPE(1, 2), 1, 9);
+    opcheck_whole(&i, "values", SHAPE(1, 2), 1, 9);
+    opcheck_whole(&i, "gaps", SHAPE(1, 2), 7, 7);
+    opcheck_fails(&i, ATTN_ERR_ARGUMENT, "gaps[0,0] = 7");
+}
+
 int main(void)
 {
     const struct CMUnitTest tests[] = {
@@ -243,6 +326,7 @@ int main(void)
         cmocka_unit_test(test_bam),
         cmocka_unit_test(test_rcmha),
         cmocka_unit_test(test_rat),
+        cmocka_unit_test(test_dsf),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }
