@@ -26,6 +26,9 @@
     X(dsf_s6_layer)                \
     X(dsf_scan)                    \
     X(flexprefill)                 \
+    X(lightning)                   \
+    X(lightning_decode)            \
+    X(lightning_slopes)            \
     X(moh)                         \
     X(moh_gates)                   \
     X(moh_norm_gates)              \

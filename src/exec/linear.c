@@ -1,0 +1,293 @@
+/* Linear attention in chunks: what sweeps share, the forward sweep, and the recurrent form. */
+#include "exec/linear_work.h"
+
+#include <math.h>
+#include <omp.h>
+#include <string.h>
+
+static int64_t padded(int64_t count) { return (count + 15) / 16 * 16; }
+
+static int64_t chunk_of(const attn_linattn *x)
+{
+    int64_t chunk = x->chunk == 0 ? 64 : x->chunk;
+    return attn_max_i64(1, attn_min_i64(attn_min_i64(chunk, 256), x->m));
+}
+
+static int64_t width_of(const attn_linattn *x) { return x->map != NULL ? x->map->width(x->d) : x->d; }
+
+size_t attn_linear_work_floats(const attn_linattn *x)
+{
+    int64_t c = chunk_of(x), mp = padded(c), dp = padded(x->d), vp = padded(x->dv), f = width_of(x), fp = padded(f);
+    return (size_t)(2 * c * dp + 2 * c * vp + (x->d + x->dv) * mp + 3 * c * mp + 4 * mp + 3 * c * fp + f * vp +
+                    x->dv * fp + c * attn_max_i64(vp, fp) + 64);
+}
+
+static float *take(float **memory, int64_t count)
+{
+    float *taken = *memory;
+    *memory += count;
+    return taken;
+}
+
+void attn_linear_work_init(attn_linear_work *w, const attn_linattn *x, float *memory)
+{
+    memset(memory, 0, attn_linear_work_floats(x) * sizeof(float));
+    *w = (attn_linear_work){.x = x, .tile = attn_tile_kernels_get(), .kernel = attn_linear_kernels_get()};
+    int64_t c = w->chunk = chunk_of(x), f = w->width = width_of(x);
+    w->mp = padded(c);
+    w->dp = padded(x->d);
+    w->vp = padded(x->dv);
+    w->fp = padded(f);
+    w->outer = x->map != NULL ? 1 : x->scale;
+    w->row = (double *)(void *)take(&memory, 2 * w->mp);
+    w->in = take(&memory, w->mp);
+    w->out = take(&memory, w->mp);
+    w->q = take(&memory, c * w->dp);
+    w->k = take(&memory, c * w->dp);
+    w->v = take(&memory, c * w->vp);
+    w->g = take(&memory, c * w->vp);
+    w->kt = take(&memory, x->d * w->mp);
+    w->vt = take(&memory, x->dv * w->mp);
+    w->s = take(&memory, c * w->mp);
+    w->p = take(&memory, c * w->mp);
+    w->decay = take(&memory, c * w->mp);
+    w->pq = take(&memory, c * w->fp);
+    w->pk = take(&memory, c * w->fp);
+    w->back = take(&memory, c * w->fp);
+    w->state = take(&memory, f * w->vp);
+    w->turned = take(&memory, x->dv * w->fp);
+    w->o = take(&memory, c * attn_max_i64(w->vp, w->fp));
+}
+
+/* Rows low ... count - 1 of a chunk; the rows before are zero. */
+static void load_rows(float *to, int64_t ld, const float *from, int64_t width, int64_t low, int64_t count)
+{
+    for (int64_t r = 0; r < low; r++) {
+        memset(to + r * ld, 0, (size_t)width * sizeof(float));
+    }
+    for (int64_t r = low; r < count; r++) {
+        memcpy(to + r * ld, from + r * width, (size_t)width * sizeof(float));
+    }
+}
+
+void attn_linear_load(attn_linear_work *w, int64_t first, int64_t count, const float *q, const float *k, const float *v,
+                      const float *g)
+{
+    const attn_linattn *x = w->x;
+    int64_t shift = first - (x->causal ? x->m - x->n : 0); /* the query of the chunk's first token */
+    w->count = count;
+    w->low = attn_min_i64(count, attn_max_i64(0, -shift));
+    if (q != NULL) {
+        load_rows(w->q, w->dp, q + shift * x->d, x->d, w->low, count);
+    }
+    if (g != NULL) {
+        load_rows(w->g, w->vp, g + shift * x->dv, x->dv, w->low, count);
+    }
+    if (k != NULL) {
+        load_rows(w->k, w->dp, k + first * x->d, x->d, 0, count);
+        load_rows(w->v, w->vp, v + first * x->dv, x->dv, 0, count);
+    }
+}
+
+void attn_linear_decays(attn_linear_work *w, int64_t b, int64_t h, int64_t first)
+{
+    const attn_linattn *x = w->x;
+    const float *logs = x->log_decay != NULL ? x->log_decay + (b * x->heads + h) * x->m + first : NULL;
+    double lambda = x->slope != NULL ? exp(-(double)x->slope[h]) : 1, sum = 1;
+    float inner = x->map != NULL ? 1.0f : (float)x->scale;
+    for (int64_t i = 0; i < w->count; i++) {
+        double keep = logs != NULL ? exp((double)logs[i]) : lambda;
+        float *decay = w->decay + i * w->mp;
+        sum *= keep;
+        w->in[i] = (float)(sum * w->outer);
+        for (int64_t j = 0; j < i; j++) {
+            w->row[j] *= keep;
+            w->row[j] = w->row[j] < 1e-37 ? 0 : w->row[j];
+            decay[j] = (float)w->row[j] * inner;
+        }
+        w->row[i] = 1;
+        decay[i] = inner;
+        memset(decay + i + 1, 0, (size_t)(w->mp - i - 1) * sizeof(float));
+    }
+    for (int64_t i = 0; i < w->count; i++) {
+        w->out[i] = (float)w->row[i];
+    }
+    w->total = (float)sum;
+}
+
+static void features(attn_linear_work *w, const float *rows, const float *factor, float *to)
+{
+    for (int64_t r = 0; r < w->count; r++) {
+        float *phi = to + r * w->fp;
+        if (w->x->map != NULL) {
+            w->x->map->expand(w->x->d, w->x->scale, rows + r * w->dp, phi);
+            w->tile->scale(phi, w->width, factor[r]);
+        } else {
+            w->tile->load_row(phi, rows + r * w->dp, ATTN_F32, w->width, factor[r]);
+        }
+    }
+}
+
+void attn_linear_features(attn_linear_work *w, int with_q, int with_k)
+{
+    if (with_q) {
+        features(w, w->q, w->in, w->pq);
+        memset(w->pq, 0, (size_t)(w->low * w->fp) * sizeof(float));
+    }
+    if (with_k) {
+        features(w, w->k, w->out, w->pk);
+    }
+}
+
+void attn_linear_weights(attn_linear_work *w, int with_slope)
+{
+    const attn_linattn *x = w->x;
+    w->tile->pack_transposed(w->kt, w->mp, w->k, ATTN_F32, w->dp, w->count, x->d);
+    for (int64_t r = 0; r < w->count; r += ATTN_LINEAR_STRIPE) {
+        int64_t end = attn_min_i64(w->count, r + ATTN_LINEAR_STRIPE);
+        float *s = w->s + r * w->mp;
+        w->tile->product(end - r, end, x->d, w->q + r * w->dp, w->dp, 1, w->kt, w->mp, w->tile->nr, s, w->mp, 0);
+        for (int64_t i = r; i < end; i++, s += w->mp) {
+            float *slope = w->p + i * w->mp;
+            const float *decay = w->decay + i * w->mp;
+            if (x->map != NULL) {
+                w->tile->scale(s, end, (float)x->scale);
+                x->map->pair(end, s, with_slope ? slope : NULL);
+                if (with_slope) {
+                    w->tile->scale(slope, end, (float)x->scale);
+                    w->kernel->multiply(slope, slope, decay, end);
+                }
+            } else if (with_slope) {
+                memcpy(slope, decay, (size_t)end * sizeof(float));
+            }
+            w->kernel->multiply(s, s, decay, end);
+        }
+    }
+}
+
+void attn_linear_advance(attn_linear_work *w)
+{
+    if (w->total != 1) {
+        w->tile->scale(w->state, w->width * w->vp, w->total);
+    }
+    w->tile->product(w->width, w->x->dv, w->count, w->pk, 1, w->fp, w->v, w->vp, w->tile->nr, w->state, w->vp, 1);
+}
+
+static void copy_state(float *to, int64_t ld_to, const float *from, int64_t ld_from, int64_t rows, int64_t columns)
+{
+    for (int64_t r = 0; r < rows; r++) {
+        memcpy(to + r * ld_to, from + r * ld_from, (size_t)columns * sizeof(float));
+    }
+}
+
+/* Write the queries' rows of w->o. */
+static void store_rows(const attn_linear_work *w, int64_t first, float *o)
+{
+    const attn_linattn *x = w->x;
+    int64_t shift = first - (x->causal ? x->m - x->n : 0);
+    copy_state(o + (shift + w->low) * x->dv, x->dv, w->o + w->low * w->vp, w->vp, w->count - w->low, x->dv);
+}
+
+static void from_state(attn_linear_work *w, int add)
+{
+    w->tile->product(w->count, w->x->dv, w->width, w->pq, w->fp, 1, w->state, w->vp, w->tile->nr, w->o, w->vp, add);
+}
+
+static void forward_head(attn_linear_work *w, int64_t b, int64_t h, const float *q, const float *k, const float *v, float *o)
+{
+    const attn_linattn *x = w->x;
+    int64_t made = 0;
+    if (x->causal && x->n > x->m) {
+        memset(o, 0, (size_t)((x->n - x->m) * x->dv) * sizeof(float));
+    }
+    for (int64_t first = 0; first < x->m; first += w->chunk) {
+        int64_t count = attn_min_i64(w->chunk, x->m - first);
+        attn_linear_load(w, first, count, x->causal ? q : NULL, k, v, NULL);
+        if (made != count || x->log_decay != NULL) {
+            attn_linear_decays(w, b, h, first);
+            made = count;
+        }
+        attn_linear_features(w, x->causal && w->low < count, 1);
+        if (x->causal && w->low < count) {
+            attn_linear_weights(w, 0);
+            for (int64_t r = 0; r < count; r += ATTN_LINEAR_STRIPE) {
+                int64_t end = attn_min_i64(count, r + ATTN_LINEAR_STRIPE);
+                w->tile->product(end - r, x->dv, end, w->s + r * w->mp, w->mp, 1, w->v, w->vp, w->tile->nr, w->o + r * w->vp,
+                                 w->vp, 0);
+            }
+            from_state(w, 1);
+            store_rows(w, first, o);
+        }
+        attn_linear_advance(w);
+    }
+    for (int64_t first = 0; first < x->n && !x->causal; first += w->chunk) {
+        attn_linear_load(w, first, attn_min_i64(w->chunk, x->n - first), q, NULL, NULL, NULL);
+        attn_linear_decays(w, b, h, 0);
+        attn_linear_features(w, 1, 0);
+        from_state(w, 0);
+        store_rows(w, first, o);
+    }
+}
+
+attn_status attn_linattn_forward(const attn_linattn *shape, attn_arena *arena, int threads, const float *q, const float *k,
+                                 const float *v, const float *state_in, float *o, float *state_out)
+{
+    const attn_linattn x = *shape;
+    size_t each = attn_linear_work_floats(&x);
+    attn_arena_mark mark = attn_arena_get_mark(arena);
+    float *memory = attn_arena_array(arena, (size_t)threads * each, sizeof(float));
+    if (memory == NULL) {
+        return attn_fail_memory((size_t)threads * each * sizeof(float));
+    }
+#pragma omp parallel for num_threads(threads) schedule(dynamic)
+    for (int64_t i = 0; i < x.batch * x.heads; i++) {
+        int64_t b = i / x.heads, h = i % x.heads, kv = b * x.kv_heads + h / (x.heads / x.kv_heads);
+        attn_linear_work w;
+        attn_linear_work_init(&w, &x, memory + (size_t)omp_get_thread_num() * each);
+        if (state_in != NULL) {
+            copy_state(w.state, w.vp, state_in + i * w.width * x.dv, x.dv, w.width, x.dv);
+        }
+        forward_head(&w, b, h, q + i * x.n * x.d, k + kv * x.m * x.d, v + kv * x.m * x.dv, o + i * x.n * x.dv);
+        if (state_out != NULL) {
+            copy_state(state_out + i * w.width * x.dv, x.dv, w.state, w.vp, w.width, x.dv);
+        }
+    }
+    attn_arena_release(arena, mark);
+    return ATTN_OK;
+}
+
+attn_status attn_linattn_decode(const attn_linattn *shape, attn_arena *arena, int threads, const float *q, const float *k,
+                                const float *v, float *state, float *o)
+{
+    const attn_linattn x = *shape;
+    const attn_linear_kernels *kernel = attn_linear_kernels_get();
+    int64_t width = width_of(&x);
+    attn_arena_mark mark = attn_arena_get_mark(arena);
+    float *memory = attn_arena_array(arena, (size_t)threads * (size_t)(2 * width), sizeof(float));
+    if (memory == NULL) {
+        return attn_fail_memory((size_t)threads * (size_t)(2 * width) * sizeof(float));
+    }
+#pragma omp parallel for num_threads(threads) schedule(static)
+    for (int64_t i = 0; i < x.batch * x.heads; i++) {
+        int64_t h = i % x.heads, kv = i / x.heads * x.kv_heads + h / (x.heads / x.kv_heads);
+        float *pq = memory + (int64_t)omp_get_thread_num() * 2 * width, *pk = pq + width;
+        float *own = state + i * width * x.dv, constant = x.slope != NULL ? (float)exp(-(double)x.slope[h]) : 1.0f;
+        float outer = x.map != NULL ? 1.0f : (float)x.scale;
+        for (int64_t t = 0; t < x.m; t++) {
+            const float *query = q + (i * x.n + t) * x.d, *key = k + (kv * x.m + t) * x.d;
+            float keep = x.log_decay != NULL ? (float)exp((double)x.log_decay[i * x.m + t]) : constant;
+            if (x.map != NULL) {
+                x.map->expand(x.d, x.scale, query, pq);
+                x.map->expand(x.d, x.scale, key, pk);
+                key = pk;
+            } else {
+                for (int64_t c = 0; c < x.d; c++) {
+                    pq[c] = query[c] * outer;
+                }
+            }
+            kernel->step(width, x.dv, own, x.dv, keep, NULL, pq, key, v + (kv * x.m + t) * x.dv, o + (i * x.n + t) * x.dv);
+        }
+    }
+    attn_arena_release(arena, mark);
+    return ATTN_OK;
+}

@@ -1,0 +1,46 @@
+/* What the forward and backward sweeps of linear attention share: one thread's buffers and the parts of one chunk.
+ * Rows are padded to multiples of 16 so that whole vectors can be read. */
+#ifndef ATTN_EXEC_LINEAR_WORK_H
+#define ATTN_EXEC_LINEAR_WORK_H
+
+#include "exec/linear.h"
+#include "kernel/linear.h"
+#include "kernel/tile.h"
+
+#define ATTN_LINEAR_STRIPE 32 /* rows of a chunk that share their last visible column */
+
+typedef struct attn_linear_work {
+    const attn_linattn *x;
+    const attn_tile_kernels *tile;
+    const attn_linear_kernels *kernel;
+    int64_t chunk, width;       /* tokens of a chunk; features */
+    int64_t mp, dp, vp, fp;     /* padded chunk, d, dv, width */
+    double outer;               /* the factor of phi(q) S: scale, or 1 when the features hold it */
+    int64_t count, low;         /* of this chunk: tokens, and the first token that has a query */
+    float *q, *k, *v, *g;       /* [chunk][dp], [chunk][dp], [chunk][vp], [chunk][vp]: zero outside */
+    float *kt, *vt;             /* [d][mp], [dv][mp] */
+    float *s, *p, *decay;       /* [chunk][mp]: weights, their gradients, decays from column to row (0 above the diagonal) */
+    float *in, *out;            /* [chunk]: decay from before the chunk to a token (times outer), from a token to the end */
+    double *row;                /* [chunk] */
+    float total;                /* decay of the whole chunk */
+    float *pq, *pk;             /* [chunk][fp]: features of q times `in`, of k times `out` */
+    float *state, *turned;      /* [width][vp], [dv][fp] */
+    float *o;                   /* [chunk][max(vp, fp)] */
+    float *back;                /* [chunk][fp] */
+} attn_linear_work;
+
+size_t attn_linear_work_floats(const attn_linattn *x);
+void attn_linear_work_init(attn_linear_work *w, const attn_linattn *x, float *memory);
+/* Load tokens first ... first + count - 1 (positions of keys) of one head; g may be NULL. Sets count and low. */
+void attn_linear_load(attn_linear_work *w, int64_t first, int64_t count, const float *q, const float *k, const float *v,
+                      const float *g);
+/* Decays of the loaded chunk of head h of batch item b. */
+void attn_linear_decays(attn_linear_work *w, int64_t b, int64_t h, int64_t first);
+/* pq and pk of the loaded chunk. */
+void attn_linear_features(attn_linear_work *w, int with_q, int with_k);
+/* s: final weights of the pairs of the chunk; p, when wanted: their derivative by the raw product q.k. */
+void attn_linear_weights(attn_linear_work *w, int with_slope);
+/* state = total * state + pk^T v */
+void attn_linear_advance(attn_linear_work *w);
+
+#endif
