@@ -1,0 +1,396 @@
+/* Every micro-kernel of every instruction set that this machine has, against the scalar version on random shapes and alignments.
+ *     checkkernel            compare
+ *     checkkernel --bench    and time each (nanoseconds per call, and how many times faster than scalar)
+ * A family is one function in the table at the end.
+ */
+#include "core/random.h"
+#include "kernel/dispatch.h"
+#include "kernel/linear.h"
+#include "kernel/quant.h"
+#include "kernel/rows.h"
+#include "kernel/tile.h"
+#include "tensor/half.h"
+
+#include <math.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <time.h>
+
+static attn_random chance;
+static int bench, passed, failed;
+static attn_isa level;
+
+static int64_t draw(int64_t low, int64_t high) { return low + (int64_t)attn_random_below(&chance, (uint64_t)(high - low + 1)); }
+
+/* `count` numbers at an odd alignment, with room to read a few vectors past the end. Freed by release(). */
+static void *blocks[256];
+static int block_count;
+
+static void *memory(size_t bytes)
+{
+    char *block = calloc(1, bytes + 512);
+    if (block == NULL || block_count == 256) {
+        fprintf(stderr, "out of memory\n");
+        exit(1);
+    }
+    blocks[block_count++] = block;
+    return block + 64 + 4 * draw(0, 15);
+}
+
+static float *floats(int64_t count, double size)
+{
+    float *x = memory((size_t)count * sizeof *x);
+    for (int64_t i = 0; i < count; i++) {
+        x[i] = (float)(attn_random_normal(&chance) * size);
+    }
+    return x;
+}
+
+static float *copy(const float *from, int64_t count)
+{
+    float *x = memory((size_t)count * sizeof *x);
+    memcpy(x, from, (size_t)count * sizeof *x);
+    return x;
+}
+
+static void release(void)
+{
+    for (int i = 0; i < block_count; i++) {
+        free(blocks[i]);
+    }
+    block_count = 0;
+}
+
+static void same(const char *what, const float *got, const float *want, int64_t count, double tolerance)
+{
+    double size = 0;
+    for (int64_t i = 0; i < count; i++) {
+        size = isfinite(want[i]) ? fmax(size, fabs((double)want[i])) : size;
+    }
+    for (int64_t i = 0; i < count; i++) {
+        if (!(got[i] == want[i] || fabs((double)got[i] - (double)want[i]) <= tolerance * (size + 1e-30))) {
+            printf("FAIL %s %s: [%lld of %lld] got %.9g, scalar %.9g\n", attn_isa_name(level), what, (long long)i, (long long)count,
+                   (double)got[i], (double)want[i]);
+            failed++;
+            return;
+        }
+    }
+    passed++;
+}
+
+static double now(void)
+{
+    struct timespec t;
+    clock_gettime(CLOCK_MONOTONIC, &t);
+    return (double)t.tv_sec * 1e9 + (double)t.tv_nsec;
+}
+
+/* Nanoseconds of a statement, the best of several batches. */
+#define TIME(result, statement)                          \
+    do {                                                 \
+        double best_ = 1e30;                             \
+        for (int batch_ = 0; batch_ < 9; batch_++) {     \
+            double start_ = now();                       \
+            for (int i_ = 0; i_ < 50; i_++) {            \
+                statement;                               \
+            }                                            \
+            best_ = fmin(best_, (now() - start_) / 50);  \
+        }                                                \
+        (result) = best_;                                \
+    } while (0)
+
+#define BENCH(what, fast, slow)                                                                                         \
+    do {                                                                                                                \
+        if (bench) {                                                                                                    \
+            double a_, b_;                                                                                              \
+            TIME(a_, fast);                                                                                             \
+            TIME(b_, slow);                                                                                             \
+            printf("%-10s %-28s %10.0f ns  %6.2fx scalar\n", attn_isa_name(level), what, a_, b_ / a_);                  \
+        }                                                                                                               \
+    } while (0)
+
+/* ---- tile ---- */
+
+static void check_product(const attn_tile_kernels *k, const attn_tile_kernels *s, int big)
+{
+    int64_t m = big ? 96 : draw(1, 20), n = big ? 128 : draw(1, 150), depth = big ? 128 : draw(1, 70), add = draw(0, 1);
+    int64_t wide = (n + 255) / 256 * 256, turned = draw(0, 1), ldc = n + draw(0, 9);
+    float *a = floats(m * depth, 1), *b = floats(depth * wide, 1), *c = floats(m * ldc, 1), *d = copy(c, m * ldc);
+    int64_t a_row = turned ? 1 : depth, a_col = turned ? m : 1;
+    /* B as rows: the same for every panel width. */
+    k->product(m, n, depth, a, a_row, a_col, b, wide, k->nr, c, ldc, (int)add);
+    s->product(m, n, depth, a, a_row, a_col, b, wide, s->nr, d, ldc, (int)add);
+    same("product", c, d, m * ldc, 1e-5);
+    if (big) {
+        BENCH("product 96x128x128", k->product(m, n, depth, a, a_row, a_col, b, wide, k->nr, c, ldc, 0),
+              s->product(m, n, depth, a, a_row, a_col, b, wide, s->nr, d, ldc, 0));
+    }
+}
+
+static void check_softmax(const attn_tile_kernels *k, const attn_tile_kernels *s, int big)
+{
+    int64_t rows = big ? 6 : draw(1, 6), count = big ? 256 : 16 * draw(1, 9), lds = count + 16;
+    float *x = floats(rows * lds, draw(0, 1) ? 5 : 60), *m = floats(rows, 3), *l = floats(rows, 1), *alpha = floats(rows, 1);
+    for (int64_t i = 0; i < rows; i++) {
+        l[i] = fabsf(l[i]);
+        if (!big && draw(0, 2) == 0) {
+            m[i] = -INFINITY, l[i] = 0;
+        }
+        for (int64_t j = 0; j < count && !big; j++) {
+            x[i * lds + j] = draw(0, 3) == 0 ? -INFINITY : x[i * lds + j];
+        }
+    }
+    float *y = copy(x, rows * lds), *m2 = copy(m, rows), *l2 = copy(l, rows), *alpha2 = copy(alpha, rows);
+    k->softmax(rows, x, lds, count, m, l, alpha);
+    s->softmax(rows, y, lds, count, m2, l2, alpha2);
+    same("softmax probabilities", x, y, rows * lds, 1e-6);
+    same("softmax maximum", m, m2, rows, 0);
+    same("softmax sum", l, l2, rows, 3e-6);
+    same("softmax alpha", alpha, alpha2, rows, 1e-6);
+    if (big) {
+        BENCH("softmax 6x256", k->softmax(rows, x, lds, count, m, l, alpha), s->softmax(rows, y, lds, count, m2, l2, alpha2));
+    }
+}
+
+static void check_rows_of_tiles(const attn_tile_kernels *k, const attn_tile_kernels *s)
+{
+    int64_t n = draw(1, 200);
+    float *x = floats(n, 20), *y = copy(x, n), *p = floats(n, 1), factor = (float)attn_random_normal(&chance);
+    k->exp2_row(x, n, factor), s->exp2_row(y, n, factor);
+    same("exp2_row", x, y, n, 1e-6);
+    x = floats(n, 20), y = copy(x, n);
+    k->softcap(x, n, 15), s->softcap(y, n, 15);
+    same("softcap", x, y, n, 1e-6);
+    k->scale(x, n, factor), s->scale(y, n, factor);
+    same("scale", x, y, n, 1e-6);
+    k->axpy(x, p, n, factor), s->axpy(y, p, n, factor);
+    same("axpy", x, y, n, 1e-6);
+    k->grad_row(x, p, n, factor), s->grad_row(y, p, n, factor);
+    same("grad_row", x, y, n, 1e-6);
+    float a = k->dot(x, p, n), b = s->dot(x, p, n), size = 0;
+    for (int64_t i = 0; i < n; i++) {
+        size += fabsf(x[i] * p[i]);
+    }
+    b = fabsf(a - b) <= 1e-6f * size ? a : b;
+    same("dot", &a, &b, 1, 1e-6);
+}
+
+/* exp2 against the C library, over the range that softmax uses. */
+static void check_exp2_accuracy(const attn_tile_kernels *k)
+{
+    double worst = 0;
+    for (int i = 0; i < 4000; i++) {
+        float x[16];
+        for (int j = 0; j < 16; j++) {
+            x[j] = (float)(-120 * attn_random_uniform(&chance));
+        }
+        float y[16];
+        memcpy(y, x, sizeof x);
+        k->exp2_row(y, 16, 0);
+        for (int j = 0; j < 16; j++) {
+            double want = exp2((double)x[j]);
+            worst = fmax(worst, fabs((double)y[j] - want) / (want * 0x1p-23));
+        }
+    }
+    if (worst > 2) {
+        printf("FAIL %s exp2: error of %.2f ulp (at most 2)\n", attn_isa_name(level), worst);
+        failed++;
+    } else {
+        passed++;
+    }
+}
+
+static void *random_typed(attn_dtype dtype, int64_t count)
+{
+    float *x = floats(count, 1);
+    uint16_t *half = memory((size_t)count * 2);
+    int8_t *bytes = memory((size_t)count);
+    for (int64_t i = 0; i < count; i++) {
+        half[i] = dtype == ATTN_F16 ? attn_f32_to_f16(x[i]) : attn_f32_to_bf16(x[i]);
+        bytes[i] = (int8_t)draw(-127, 127);
+    }
+    return dtype == ATTN_F32 ? (void *)x : dtype == ATTN_I8 ? (void *)bytes : (void *)half;
+}
+
+static void check_types(const attn_tile_kernels *k, const attn_tile_kernels *s, int big)
+{
+    const attn_dtype types[] = {ATTN_F32, ATTN_F16, ATTN_BF16, ATTN_I8};
+    for (int t = 0; t < 4; t++) {
+        int64_t rows = draw(1, 4), keys = big ? 128 : draw(1, 40), d = big ? 128 : draw(1, 100), stride = d + draw(0, 9), lds = keys + 20;
+        void *data = random_typed(types[t], keys * stride + 64);
+        char name[64];
+        float *x = floats(keys * d, 1), *y = copy(x, keys * d);
+        k->load_row(x, data, types[t], d, 0.3f), s->load_row(y, data, types[t], d, 0.3f);
+        snprintf(name, sizeof name, "load_row %s", attn_dtype_name(types[t]));
+        same(name, x, y, d, 1e-7);
+        x = floats(keys * d, 1), y = copy(x, keys * d);
+        k->pack_transposed(x, keys, data, types[t], stride, keys, d), s->pack_transposed(y, keys, data, types[t], stride, keys, d);
+        snprintf(name, sizeof name, "pack_transposed %s", attn_dtype_name(types[t]));
+        same(name, x, y, keys * d, 0);
+        float *q = floats(rows * d, 1), *u = floats(rows * lds, 1), *v = copy(u, rows * lds);
+        k->decode_scores(u, lds, q, d, rows, data, types[t], stride, keys, d);
+        s->decode_scores(v, lds, q, d, rows, data, types[t], stride, keys, d);
+        snprintf(name, sizeof name, "decode_scores %s", attn_dtype_name(types[t]));
+        same(name, u, v, rows * lds, 3e-6);
+        if (big) {
+            BENCH(name, k->decode_scores(u, lds, q, d, rows, data, types[t], stride, keys, d),
+                  s->decode_scores(v, lds, q, d, rows, data, types[t], stride, keys, d));
+        }
+        float *o = floats(rows * stride, 1), *o2 = copy(o, rows * stride);
+        k->decode_values(o, stride, u, lds, rows, data, types[t], stride, keys, d);
+        s->decode_values(o2, stride, u, lds, rows, data, types[t], stride, keys, d);
+        snprintf(name, sizeof name, "decode_values %s", attn_dtype_name(types[t]));
+        same(name, o, o2, rows * stride, 3e-6);
+        if (big) {
+            BENCH(name, k->decode_values(o, stride, u, lds, rows, data, types[t], stride, keys, d),
+                  s->decode_values(o2, stride, u, lds, rows, data, types[t], stride, keys, d));
+        }
+        release();
+    }
+}
+
+static void check_tile(void)
+{
+    const attn_tile_kernels *k = attn_tile_kernels_at(level), *s = attn_tile_kernels_at(ATTN_ISA_LEVEL_SCALAR);
+    for (int i = 0; i < 150; i++) {
+        check_product(k, s, 0);
+        check_softmax(k, s, 0);
+        check_rows_of_tiles(k, s);
+        release();
+        check_types(k, s, 0);
+    }
+    check_exp2_accuracy(k);
+    check_product(k, s, 1);
+    check_softmax(k, s, 1);
+    release();
+    check_types(k, s, 1);
+}
+
+/* ---- rows ---- */
+
+static void check_rows(void)
+{
+    const attn_row_kernels *k = ATTN_KERNEL_SELECT(attn_row_kernels_table, level);
+    const attn_row_kernels *s = ATTN_KERNEL_SELECT(attn_row_kernels_table, ATTN_ISA_LEVEL_SCALAR);
+    for (int i = 0; i < 100; i++) {
+        int64_t n = draw(1, 300), half = draw(1, 70);
+        float *x = floats(n, 2), *w = floats(n, 1), *a = floats(n, 1), *b = floats(n, 1);
+        k->rms_norm(x, w, n, 1e-5f, a), s->rms_norm(x, w, n, 1e-5f, b);
+        same("rms_norm", a, b, n, 1e-6);
+        k->add(a, x, n), s->add(b, x, n);
+        same("add", a, b, n, 1e-6);
+        k->scale(a, 0.7f, n), s->scale(b, 0.7f, n);
+        same("rows scale", a, b, n, 1e-6);
+        k->silu_gate(a, w, n), s->silu_gate(b, w, n);
+        same("silu_gate", a, b, n, 2e-6);
+        a = floats(n, 2), b = copy(a, n);
+        k->gelu_gate(a, w, n), s->gelu_gate(b, w, n);
+        same("gelu_gate", a, b, n, 2e-6);
+        float *r = floats(2 * half, 1), *r2 = copy(r, 2 * half), *c = floats(half, 1), *sn = floats(half, 1);
+        k->rotate(r, half, c, sn), s->rotate(r2, half, c, sn);
+        same("rotate", r, r2, 2 * half, 1e-6);
+        int8_t *q = memory((size_t)n), *q2 = memory((size_t)n);
+        float f = k->to_i8(x, n, q), f2 = s->to_i8(x, n, q2);
+        for (int64_t j = 0; j < n; j++) {
+            a[j] = (float)q[j] * f, b[j] = (float)q2[j] * f2;
+        }
+        same("to_i8", a, b, n, 1.0 / 127); /* a tie may round either way */
+        release();
+    }
+}
+
+/* ---- linear ---- */
+
+static void check_linear(void)
+{
+    const attn_linear_kernels *k = attn_linear_kernels_at(level), *s = attn_linear_kernels_at(ATTN_ISA_LEVEL_SCALAR);
+    for (int i = 0; i < 100; i++) {
+        int64_t d = draw(1, 40), dv = draw(1, 90), ld = dv + draw(0, 5);
+        float *state = floats(d * ld, 1), *state2 = copy(state, d * ld), *q = floats(d, 1), *kk = floats(d, 1), *v = floats(dv, 1);
+        float *decays = draw(0, 1) ? floats(d, 1) : NULL, *o = floats(dv, 1), *o2 = floats(dv, 1);
+        k->step(d, dv, state, ld, 0.9f, decays, q, kk, v, o), s->step(d, dv, state2, ld, 0.9f, decays, q, kk, v, o2);
+        same("linear step state", state, state2, d * ld, 1e-6);
+        same("linear step", o, o2, dv, 3e-6);
+        k->read(d, dv, state, ld, q, o), s->read(d, dv, state, ld, q, o2);
+        same("linear read", o, o2, dv, 3e-6);
+        k->multiply(o, v, v, dv), s->multiply(o2, v, v, dv);
+        same("multiply", o, o2, dv, 1e-7);
+        release();
+    }
+}
+
+/* ---- quantised products ---- */
+
+static void check_quant(void)
+{
+    const attn_quant_kernels *k = ATTN_KERNEL_DOT_SELECT(attn_quant_kernels_table, level);
+    const attn_quant_kernels *s = ATTN_KERNEL_SELECT(attn_quant_kernels_table, ATTN_ISA_LEVEL_SCALAR);
+    static const char *const names[] = {"F32", "F16", "BF16", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q4_K", "Q5_K", "Q6_K"};
+    for (int format = ATTN_QUANT_Q4_0; format < ATTN_QUANT_FORMATS; format++) {
+        for (int i = 0; i < 20; i++) {
+            int64_t units = 8 * draw(1, 4);
+            size_t bytes = attn_quant_panel_bytes((attn_quant_format)format, units);
+            size_t scales = attn_quant_scale_bytes((attn_quant_format)format, units);
+            unsigned char *panel = aligned_alloc(64, (bytes + 127) / 64 * 64);
+            attn_quant_x *x = memory((size_t)units * sizeof *x), *x2 = memory((size_t)units * sizeof *x2);
+            float *values = floats(units * ATTN_QUANT_UNIT, 1), out[16], out2[16];
+            char name[64];
+            for (size_t j = 0; j < bytes; j++) {
+                panel[j] = (unsigned char)draw(0, 255);
+            }
+            for (size_t j = 0; j + 1 < scales; j += 2) { /* finite halves of moderate size */
+                uint16_t half = attn_f32_to_f16((float)(attn_random_uniform(&chance) * 0.1));
+                memcpy(panel + j, &half, 2);
+            }
+            k->quantize(values, units, x, 1), s->quantize(values, units, x2, 1);
+            int equal = 1;
+            for (int64_t u = 0; u < units; u++) {
+                equal &= memcmp(x[u].high, x2[u].high, sizeof x[u].high) == 0 && memcmp(x[u].low, x2[u].low, sizeof x[u].low) == 0;
+            }
+            if (!equal) {
+                printf("FAIL %s quantize differs from scalar\n", attn_isa_name(level));
+                failed++;
+            } else {
+                passed++;
+            }
+            k->vector[format](panel, units, x2, 1, out), s->vector[format](panel, units, x2, 1, out2);
+            snprintf(name, sizeof name, "quantised product %s", names[format]);
+            same(name, out, out2, 16, 2e-5);
+            if (i == 0) {
+                BENCH(name, k->vector[format](panel, units, x2, 1, out), s->vector[format](panel, units, x2, 1, out2));
+            }
+            free(panel);
+            release();
+        }
+    }
+}
+
+static const struct {
+    const char *name;
+    void (*check)(void);
+} families[] = {{"tile", check_tile}, {"rows", check_rows}, {"linear", check_linear}, {"quant", check_quant}};
+
+int main(int argc, char **argv)
+{
+    for (int i = 1; i < argc; i++) {
+        if (strcmp(argv[i], "--bench") == 0) {
+            bench = 1;
+        } else {
+            fprintf(stderr, "usage: checkkernel [--bench]\n");
+            return 2;
+        }
+    }
+    for (int isa = ATTN_ISA_LEVEL_SCALAR + 1; isa <= ATTN_ISA_LEVEL_AVX512VNNI; isa++) {
+        level = (attn_isa)isa;
+        for (size_t f = 0; attn_isa_available(level) && f < sizeof families / sizeof families[0]; f++) {
+            int before = passed, bad = failed;
+            attn_random_seed(&chance, 99);
+            families[f].check();
+            printf("%-10s %-8s %6d comparisons, %d failed\n", attn_isa_name(level), families[f].name, passed - before + failed - bad,
+                   failed - bad);
+        }
+    }
+    printf("%d passed, %d failed\n", passed, failed);
+    return failed > 0;
+}
