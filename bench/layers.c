@@ -3,6 +3,7 @@
 #include "core/random.h"
 #include "kernel/dispatch.h"
 #include "layer/gemm.h"
+#include <attn/op.h>
 
 #include <stdio.h>
 #include <stdlib.h>
@@ -46,6 +47,74 @@ static double gemm_rate(attn_arena *arena, int trans_a, int trans_b, int64_t m, 
     return work / best * 1e-9;
 }
 
+/* Seconds of a mechanism's forward pass on one thread, the best of several; its operations in *flops. */
+static double op_time(const char *spec, attn_named_tensor *in, int in_count, double *flops)
+{
+    attn_op *op;
+    attn_named_tensor out[8];
+    attn_cost cost = {0, 0, 0};
+    int out_count = 8;
+    double best = 1e30;
+    if (attn_op_create(&op, spec) != ATTN_OK || attn_op_outputs(op, in, in_count, out, &out_count) != ATTN_OK) {
+        fprintf(stderr, "%s\n", attn_last_error());
+        exit(1);
+    }
+    for (int i = 0; i < out_count; i++) {
+        out[i].tensor.data = calloc((size_t)attn_tensor_count(&out[i].tensor) + 1, attn_dtype_size(out[i].tensor.dtype));
+    }
+    for (int r = 0; r < 4; r++) {
+        attn_exec one = {.threads = 1};
+        double start = now();
+        if (attn_op_forward(op, in, in_count, out, out_count, &one) != ATTN_OK) {
+            fprintf(stderr, "%s\n", attn_last_error());
+            exit(1);
+        }
+        double time = now() - start;
+        best = time < best ? time : best;
+    }
+    attn_op_cost(op, in, in_count, &cost);
+    *flops = cost.flops;
+    for (int i = 0; i < out_count; i++) {
+        free(out[i].tensor.data);
+    }
+    attn_op_destroy(op);
+    return best;
+}
+
+static attn_named_tensor input(const char *name, int ndim, const int64_t *shape)
+{
+    attn_named_tensor t = {name, attn_tensor_make(NULL, ATTN_F32, ndim, shape)};
+    t.tensor.data = numbers(attn_tensor_count(&t.tensor));
+    return t;
+}
+
+/* Mixture-of-head attention against all heads, and RAT against chunks of one token. */
+static void mechanisms(void)
+{
+    enum { H = 16, N = 2048, D = 64, C = 256 };
+    const int64_t heads[] = {1, H, N, D};
+    attn_named_tensor in[] = {input("q", 4, heads), input("k", 4, heads), input("v", 4, heads), input("x", 3, (int64_t[]){1, N, C}),
+                              input("wg", 2, (int64_t[]){H - 4, C}), input("wg_0", 2, (int64_t[]){2, C}),
+                              input("wg_1", 2, (int64_t[]){4, C}), input("g", 4, heads)};
+    double flops, all, dense = op_time("dense:causal=true", in, 3, &all);
+    printf("\nmoh, 16 heads of 64, 2048 tokens, causal: time / dense\n");
+    for (int k = 2; k <= 12; k += 2) {
+        char spec[64];
+        snprintf(spec, sizeof spec, "moh:shared_heads=4,top_k=%d,causal=true", k);
+        double time = op_time(spec, in, 7, &flops);
+        printf("  %2d heads of 16: time %.3f, operations %.3f\n", 4 + k, time / dense, flops / all);
+    }
+    in[3] = in[7];
+    double one = op_time("rat:chunk=1", in, 4, &all);
+    printf("rat, the same sizes: time / chunk of 1\n");
+    for (int chunk = 4; chunk <= 64; chunk *= 4) {
+        char spec[64];
+        snprintf(spec, sizeof spec, "rat:chunk=%d", chunk);
+        double time = op_time(spec, in, 4, &flops);
+        printf("  chunk %2d: time %.3f, operations %.3f\n", chunk, time / one, flops / all);
+    }
+}
+
 int main(void)
 {
     attn_arena *arena;
@@ -67,5 +136,6 @@ int main(void)
                gemm_rate(arena, 1, 1, z[0], z[1], z[2]));
     }
     attn_arena_destroy(arena);
+    mechanisms();
     return 0;
 }
