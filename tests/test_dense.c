@@ -393,6 +393,22 @@ static void test_long_decode(void **state)
     for_each_isa(run_long_decode);
 }
 
+/* Some queries with a window at the end of a long cache: most keys are not looked at. */
+static void run_window_of_cache(attn_random *random)
+{
+    const attn_dtype types[] = {ATTN_F32, ATTN_F16, ATTN_I8};
+    for (int i = 0; i < 3; i++) {
+        problem p = {.b = 2, .h = 2, .hkv = 1, .n = 40, .m = 1500, .d = 20, .dv = 32};
+        check(&p, random, CAUSAL | WITH_WINDOW | (i == 1 ? WITH_LENGTH : 0), ATTN_F32, types[i], 0);
+    }
+}
+
+static void test_window_of_cache(void **state)
+{
+    (void)state;
+    for_each_isa(run_window_of_cache);
+}
+
 static void test_thread_count_does_not_matter(void **state)
 {
     (void)state;
@@ -501,6 +517,10 @@ static void test_errors(void **state)
     in.k.dtype = ATTN_I8;
     expect(attn_dense_forward(&settings, &in, &o, NULL, NULL), ATTN_ERR_ARGUMENT, "k_scale is needed");
     in.k = four;
+    attn_tensor scale = attn_tensor_make(data, ATTN_F32, 3, (int64_t[]){1, 2, 2});
+    in.v_scale = &scale;
+    expect(attn_dense_forward(&settings, &in, &o, NULL, NULL), ATTN_ERR_ARGUMENT, "v_scale goes with i8 only, v is f32");
+    in.v_scale = NULL;
     settings.softcap = -1;
     expect(attn_dense_forward(&settings, &in, &o, NULL, NULL), ATTN_ERR_ARGUMENT, "softcap = -1");
     settings = defaults;
@@ -523,7 +543,7 @@ int main(void)
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(test_random_problems),  cmocka_unit_test(test_widths), cmocka_unit_test(test_long_decode),
         cmocka_unit_test(test_thread_count_does_not_matter), cmocka_unit_test(test_large_scores),
-        cmocka_unit_test(test_empty),            cmocka_unit_test(test_errors),
+        cmocka_unit_test(test_empty),            cmocka_unit_test(test_errors), cmocka_unit_test(test_window_of_cache),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }

@@ -53,6 +53,9 @@ static attn_status check_cache(const char *name, const attn_tensor *tensor, cons
     if (tensor->dtype == ATTN_I8 && scale == NULL) {
         return attn_fail(ATTN_ERR_ARGUMENT, "%s is i8, so %s is needed", name, scale_name);
     }
+    if (tensor->dtype != ATTN_I8 && scale != NULL) {
+        return attn_fail(ATTN_ERR_ARGUMENT, "%s goes with i8 only, %s is %s", scale_name, name, attn_dtype_name(tensor->dtype));
+    }
     return scale != NULL ? attn_dense_check_f32(scale_name, scale, "[B,Hkv,M]", 3, shape) : ATTN_OK;
 }
 
@@ -308,11 +311,17 @@ static attn_status packed_create(const dense_problem *p, packed *to, attn_arena 
     return ATTN_OK;
 }
 
-/* Keys first ... of one pair; chunks of DENSE_BLOCK_K. */
+/* Keys first ... of one pair; chunks of DENSE_BLOCK_K. A chunk that no query sees (few queries with a window, at the end of a long
+ * cache) is left out: the queries' ranges begin and end in order. */
 static void pack_chunk(const dense_problem *p, const packed *to, int64_t pair, int64_t chunk, float *rows)
 {
     int64_t b = pair / p->kv_heads, h = pair % p->kv_heads, first = chunk * DENSE_BLOCK_K;
-    int64_t count = attn_min_i64(DENSE_BLOCK_K, p->m - first);
+    int64_t count = attn_min_i64(DENSE_BLOCK_K, p->m - first), low, high, unused;
+    attn_dense_visible(p, b, 0, &low, &unused);
+    attn_dense_visible(p, b, p->n - 1, &unused, &high);
+    if (first + count <= low || first >= high) {
+        return;
+    }
     attn_dense_pack_transposed(p, to->k + (pair * to->m_pad + first) * p->d, &p->in->k, p->in->k_scale, b, h, first, count, rows);
     if (to->v != NULL) {
         attn_dense_pack_rows(p, to->v + (pair * p->m + first) * p->dv_pad, &p->in->v, p->in->v_scale, b, h, first, count, p->dv_pad);
