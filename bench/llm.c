@@ -2,7 +2,8 @@
  *
  *     bench_llm MODEL.gguf [--threads N] [--cache f32|f16|bf16|i8] [--chunk N] [--lengths 512,2048,8000]
  *
- * The tokens are arbitrary (speed does not depend on which). Best of three for prompts, of runs of 16 tokens for generation. */
+ * The tokens are arbitrary (speed does not depend on which). Best of three for prompts, of runs of 16 tokens for
+ * generation. */
 #include <attn/model.h>
 
 #include <stdio.h>
@@ -53,8 +54,8 @@ static void measure(attn_context *context, const int32_t *tokens, int64_t length
         double seconds = (now() - start) / RUN;
         generation = seconds < generation ? seconds : generation;
     }
-    printf("%8lld %10.0f %10.1f %12.0f%% %9.0f%% %12.1f %10.2f\n", (long long)length, (double)length / prompt, 1 / generation,
-           100 * stats.attention_seconds / stats.seconds, 100 * stats.linear_seconds / stats.seconds,
+    printf("%8lld %10.0f %10.1f %12.0f%% %9.0f%% %12.1f %10.2f\n", (long long)length, (double)length / prompt,
+           1 / generation, 100 * stats.attention_seconds / stats.seconds, 100 * stats.linear_seconds / stats.seconds,
            stats.attention_flops / stats.attention_seconds / 1e9, (double)stats.cache_bytes / 1048576);
     fflush(stdout);
 }

@@ -70,7 +70,8 @@ static inline void put_text(gguf_build *b, const char *key, const char *value)
     put_string(b, value);
 }
 
-static inline void put_tensor(gguf_build *b, const char *name, int type, int ndim, const uint64_t *shape, uint64_t offset)
+static inline void put_tensor(gguf_build *b, const char *name, int type, int ndim, const uint64_t *shape,
+                              uint64_t offset)
 {
     put_string(b, name);
     put_uint(b, (uint64_t)ndim, 4);

@@ -241,8 +241,9 @@ static void survives_damage(void **unused)
 int main(void)
 {
     const struct CMUnitTest tests[] = {
-        cmocka_unit_test(reads_golden),        cmocka_unit_test(rejects_bad_headers), cmocka_unit_test(rejects_bad_metadata),
-        cmocka_unit_test(rejects_bad_tensors), cmocka_unit_test(survives_damage),
+        cmocka_unit_test(reads_golden),         cmocka_unit_test(rejects_bad_headers),
+        cmocka_unit_test(rejects_bad_metadata), cmocka_unit_test(rejects_bad_tensors),
+        cmocka_unit_test(survives_damage),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }

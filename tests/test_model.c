@@ -1,4 +1,5 @@
-/* Transformers: small random models of each architecture against a plain float64 implementation, and what contexts promise. */
+/* Transformers: small random models of each architecture against a plain float64 implementation, and what contexts
+ * promise. */
 #include <attn/model.h>
 
 #include "core/internal.h"
@@ -83,10 +84,17 @@ static void write_metadata(tiny *t)
     struct {
         const char *name;
         uint32_t value;
-    } numbers[] = {{"block_count", LAYERS}, {"embedding_length", WIDTH}, {"context_length", 64}, {"feed_forward_length", HIDDEN},
-                   {"attention.head_count", HEADS}, {"attention.head_count_kv", KV}, {"attention.key_length", (uint32_t)s->head},
-                   {"attention.value_length", (uint32_t)s->head}, {"attention.sliding_window", WINDOW},
-                   {"attention.sliding_window_pattern", 3}, {"rope.scaling.original_context_length", 16}};
+    } numbers[] = {{"block_count", LAYERS},
+                   {"embedding_length", WIDTH},
+                   {"context_length", 64},
+                   {"feed_forward_length", HIDDEN},
+                   {"attention.head_count", HEADS},
+                   {"attention.head_count_kv", KV},
+                   {"attention.key_length", (uint32_t)s->head},
+                   {"attention.value_length", (uint32_t)s->head},
+                   {"attention.sliding_window", WINDOW},
+                   {"attention.sliding_window_pattern", 3},
+                   {"rope.scaling.original_context_length", 16}};
     int entries = 0;
     gguf_build body = {0};
     put_text(&body, "general.architecture", s->arch);
@@ -133,11 +141,11 @@ static void put_q8(gguf_build *b, weights *w)
 
 static void make(tiny *t, spec s)
 {
-    static const char *const parts[] = {"attn_norm", "ffn_norm", "attn_q", "attn_k", "attn_v", "attn_output", "ffn_gate", "ffn_up",
-                                        "ffn_down"};
+    static const char *const parts[] = {"attn_norm",   "ffn_norm", "attn_q", "attn_k",  "attn_v",
+                                        "attn_output", "ffn_gate", "ffn_up", "ffn_down"};
     int q = HEADS * s.head, k = KV * s.head;
-    int shapes[][2] = {{1, WIDTH}, {1, WIDTH}, {q, WIDTH}, {k, WIDTH}, {k, WIDTH}, {WIDTH, q}, {HIDDEN, WIDTH}, {HIDDEN, WIDTH},
-                       {WIDTH, HIDDEN}};
+    int shapes[][2] = {{1, WIDTH}, {1, WIDTH},      {q, WIDTH},      {k, WIDTH},     {k, WIDTH},
+                       {WIDTH, q}, {HIDDEN, WIDTH}, {HIDDEN, WIDTH}, {WIDTH, HIDDEN}};
     *t = (tiny){.spec = s};
     state = 4711;
     add(t, "token_embd.weight", VOCABULARY, WIDTH, 0, 1);
@@ -276,8 +284,8 @@ static void reference(const tiny *t, const int32_t *tokens, int n, double *logit
 {
     const spec *s = &t->spec;
     int head = s->head, q_width = HEADS * head, k_width = KV * head, gemma = is(s, "gemma3");
-    double x[TOKENS][WIDTH], h[HIDDEN], up[HIDDEN], q[256], mixed[256], *k = malloc(sizeof(double) * (size_t)(n * k_width)),
-           *v = malloc(sizeof(double) * (size_t)(n * k_width));
+    double x[TOKENS][WIDTH], h[HIDDEN], up[HIDDEN], q[256], mixed[256],
+        *k = malloc(sizeof(double) * (size_t)(n * k_width)), *v = malloc(sizeof(double) * (size_t)(n * k_width));
     for (int i = 0; i < n; i++) {
         for (int c = 0; c < WIDTH; c++) {
             x[i][c] = get(t, -1, "token_embd.weight")[tokens[i] * WIDTH + c] * (gemma ? sqrt(WIDTH) : 1);
@@ -348,7 +356,8 @@ static void reference(const tiny *t, const int32_t *tokens, int n, double *logit
     const double *output = get(t, -1, "output.weight");
     for (int i = 0; i < n; i++) {
         norm(x[i], get(t, -1, "output_norm.weight"), WIDTH, h);
-        linear(output != NULL ? output : get(t, -1, "token_embd.weight"), NULL, h, VOCABULARY, WIDTH, logits + i * VOCABULARY);
+        linear(output != NULL ? output : get(t, -1, "token_embd.weight"), NULL, h, VOCABULARY, WIDTH,
+               logits + i * VOCABULARY);
     }
     free(k);
     free(v);
@@ -402,7 +411,8 @@ static void compare(const char *what, const float *got, const double *expected, 
 {
     for (int i = 0; i < TOKENS * VOCABULARY; i++) {
         if (!(fabs(got[i] - expected[i]) <= limit * (1 + fabs(expected[i])))) {
-            fail_msg("%s: token %d, logit %d: %g, expected %g", what, i / VOCABULARY, i % VOCABULARY, got[i], expected[i]);
+            fail_msg("%s: token %d, logit %d: %g, expected %g", what, i / VOCABULARY, i % VOCABULARY, got[i],
+                     expected[i]);
         }
     }
 }
@@ -561,7 +571,8 @@ static void sequences_cut_and_copy(void **unused)
     drop(&t);
 }
 
-/* A mechanism that computes the key heads one at a time and counts calls, and a policy that keeps the even keys of head 0. */
+/* A mechanism that computes the key heads one at a time and counts calls, and a policy that keeps the even keys of
+ * head 0. */
 typedef struct plugged {
     int prefills, decodes, updates, evict;
 } plugged;
@@ -669,7 +680,8 @@ static void evaluation_is_checked(void **unused)
     assert_int_equal(attn_model_open_memory(&model, t.file.data, t.file.bytes, &opening), ATTN_ERR_CANCELLED);
     model = open_model(&t);
     left = LAYERS + 1; /* the second chunk does not get through */
-    attn_context *context = make_context(model, (attn_context_settings){.chunk = 8, .progress = stop_later, .user = &left});
+    attn_context *context =
+        make_context(model, (attn_context_settings){.chunk = 8, .progress = stop_later, .user = &left});
     attn_context_batch batch[] = {{0, test_tokens(), TOKENS}, {0, test_tokens(), 1}};
     assert_int_equal(attn_context_eval(context, batch, 1, NULL, NULL), ATTN_ERR_CANCELLED);
     assert_int_equal(attn_context_length(context, 0), 8);
@@ -687,7 +699,8 @@ static void evaluation_is_checked(void **unused)
     assert_int_equal(attn_context_eval(context, batch, 1, NULL, NULL), ATTN_ERR_ARGUMENT);
     assert_non_null(strstr(attn_last_error(), "57"));
     attn_context_destroy(context);
-    attn_context_settings wrong[] = {{.length = -1}, {.sequences = -1}, {.chunk = -1}, {.threads = -1}, {.cache = ATTN_I64}};
+    attn_context_settings wrong[] = {
+        {.length = -1}, {.sequences = -1}, {.chunk = -1}, {.threads = -1}, {.cache = ATTN_I64}};
     for (size_t i = 0; i < sizeof wrong / sizeof wrong[0]; i++) {
         assert_int_not_equal(attn_context_create(&context, model, &wrong[i]), ATTN_OK);
         assert_null(context);

@@ -91,7 +91,8 @@ static void pack_keeps_rows(void **unused)
         int64_t rows = ROWS;
         attn_arena *arena;
         assert_int_equal(attn_arena_create(&arena, 0), ATTN_OK);
-        assert_int_equal(attn_quant_matrix_pack(&matrix, arena, &tensor, ROWS, COLUMNS, reversed, &rows, 0, 2), ATTN_OK);
+        assert_int_equal(attn_quant_matrix_pack(&matrix, arena, &tensor, ROWS, COLUMNS, reversed, &rows, 0, 2),
+                         ATTN_OK);
         float *expected = malloc(sizeof(float) * ROWS * COLUMNS), row[COLUMNS];
         assert_int_equal(attn_gguf_dequantize(types[i], data, ROWS * COLUMNS, expected), ATTN_OK);
         for (int r = 0; r < ROWS; r++) {
@@ -99,8 +100,8 @@ static void pack_keeps_rows(void **unused)
             for (int c = 0; c < COLUMNS; c++) {
                 float want = expected[(ROWS - 1 - r) * COLUMNS + c];
                 if (!(fabsf(row[c] - want) <= 1e-6f * fabsf(want))) {
-                    fail_msg("%s row %d column %d: %.9g, expected %.9g", attn_gguf_tensor_type_name(types[i]), r, c, row[c],
-                             want);
+                    fail_msg("%s row %d column %d: %.9g, expected %.9g", attn_gguf_tensor_type_name(types[i]), r, c,
+                             row[c], want);
                 }
             }
         }
@@ -118,7 +119,8 @@ static void dequantize_input(const attn_quant_input *input, int is_float, double
         int64_t group = attn_min_i64(ATTN_QUANT_GROUP, input->tokens - first);
         for (int64_t c = 0; c < input->columns; c++) {
             const attn_quant_x *q = input->q + first * input->units + c / 32 * group + (t - first);
-            x[t * input->columns + c] = is_float ? input->x[t * input->columns + c] : (double)q->scale * (128 * q->high[c % 32] + q->low[c % 32]);
+            x[t * input->columns + c] = is_float ? input->x[t * input->columns + c]
+                                                 : (double)q->scale * (128 * q->high[c % 32] + q->low[c % 32]);
         }
     }
 }
@@ -142,7 +144,8 @@ static void one_product(attn_gguf_tensor_type type, int64_t tokens, int64_t rows
     assert_int_equal(attn_arena_create(&arena, 0), ATTN_OK);
     assert_int_equal(attn_quant_matrix_pack(&matrix, arena, &tensor, rows, columns, NULL, NULL, 0, 1), ATTN_OK);
     float *w = malloc(sizeof *w * (size_t)(rows * columns)), *x = malloc(sizeof *x * (size_t)(tokens * columns));
-    float *out = malloc(sizeof *out * (size_t)(tokens * rows)), *again = malloc(sizeof *again * (size_t)(tokens * rows));
+    float *out = malloc(sizeof *out * (size_t)(tokens * rows)),
+          *again = malloc(sizeof *again * (size_t)(tokens * rows));
     double *seen = malloc(sizeof *seen * (size_t)(tokens * columns));
     assert_int_equal(attn_gguf_dequantize(type, data, rows * columns, w), ATTN_OK);
     for (int64_t i = 0; i < tokens * columns; i++) {

@@ -1,8 +1,8 @@
 /* Reading of GGUF model files, versions 2 and 3, little-endian: metadata (typed keys and values) and tensors.
  *
- * The file is memory-mapped; strings and tensor data point into the mapping and are valid until close. Every count, length,
- * offset, alignment, type and overlap is checked when the file is opened, so that what the getters return can be read without
- * further checks of bounds. An opened file is read-only: any number of threads may use it.
+ * The file is memory-mapped; strings and tensor data point into the mapping and are valid until close. Every count,
+ * length, offset, alignment, type and overlap is checked when the file is opened, so that what the getters return can
+ * be read without further checks of bounds. An opened file is read-only: any number of threads may use it.
  */
 #ifndef ATTN_GGUF_H
 #define ATTN_GGUF_H
@@ -32,8 +32,8 @@ typedef enum attn_gguf_type {
     ATTN_GGUF_F64 = 12
 } attn_gguf_type;
 
-/* Types of tensor elements; the numbers are those of the file format. Files may hold others (attn_gguf_tensor_type_name()
- * gives their names); those can be listed but not computed with. */
+/* Types of tensor elements; the numbers are those of the file format. Files may hold others
+ * (attn_gguf_tensor_type_name() gives their names); those can be listed but not computed with. */
 typedef enum attn_gguf_tensor_type {
     ATTN_GGUF_TENSOR_F32 = 0,
     ATTN_GGUF_TENSOR_F16 = 1,
@@ -78,18 +78,19 @@ ATTN_API const attn_gguf_metadata *attn_gguf_metadata_at(const attn_gguf *file, 
 /* NULL when the file has no such key. */
 ATTN_API const attn_gguf_metadata *attn_gguf_metadata_find(const attn_gguf *file, const char *key);
 
-/* The value of a key, converted. ATTN_ERR_FORMAT, with the key's name, when it is missing or of another kind: integers of any
- * width (and bool) convert to int64 when they fit, integers and floats to double. */
+/* The value of a key, converted. ATTN_ERR_FORMAT, with the key's name, when it is missing or of another kind:
+ * integers of any width (and bool) convert to int64 when they fit, integers and floats to double. */
 ATTN_API attn_status attn_gguf_get_int(const attn_gguf *file, const char *key, int64_t *value);
 ATTN_API attn_status attn_gguf_get_float(const attn_gguf *file, const char *key, double *value);
 ATTN_API attn_status attn_gguf_get_bool(const attn_gguf *file, const char *key, int *value);
 ATTN_API attn_status attn_gguf_get_string(const attn_gguf *file, const char *key, attn_gguf_string *value);
 
-/* All items of an array into the caller's `values`, which has room for the array's `count` items (see attn_gguf_metadata);
- * `count` here must be equal to it (ATTN_ERR_FORMAT otherwise). Conversions as above. */
+/* All items of an array into the caller's `values`, which has room for the array's `count` items (see
+ * attn_gguf_metadata); `count` here must be equal to it (ATTN_ERR_FORMAT otherwise). Conversions as above. */
 ATTN_API attn_status attn_gguf_get_ints(const attn_gguf *file, const char *key, int64_t *values, int64_t count);
 ATTN_API attn_status attn_gguf_get_floats(const attn_gguf *file, const char *key, float *values, int64_t count);
-ATTN_API attn_status attn_gguf_get_strings(const attn_gguf *file, const char *key, attn_gguf_string *values, int64_t count);
+ATTN_API attn_status attn_gguf_get_strings(const attn_gguf *file, const char *key, attn_gguf_string *values,
+                                           int64_t count);
 
 /* ---- Tensors ---- */
 

@@ -8,8 +8,8 @@
  *     attn_context_eval(context, &batch, 1, NULL, NULL);
  *     const float *logits = attn_context_logits(context, 0);
  *
- * Architectures: llama, qwen2, qwen3, gemma3. Weights stay as the file quantises them; activations are quantised to 8 bits per 32
- * numbers for the products with them, everything else is float32.
+ * Architectures: llama, qwen2, qwen3, gemma3. Weights stay as the file quantises them; activations are quantised to 15
+ * bits, with a scale per 32 numbers, for the products with them; everything else is float32.
  */
 #ifndef ATTN_MODEL_H
 #define ATTN_MODEL_H
@@ -74,7 +74,7 @@ typedef struct attn_context_settings {
     int sequences;        /* sequences held at the same time; 0: 1 */
     int64_t chunk;        /* tokens evaluated together at most; 0: 512 */
     int threads;          /* 0: as many as OpenMP would use. Results do not depend on it. */
-    attn_dtype cache;     /* ATTN_F32 (the default), ATTN_F16, ATTN_BF16, or ATTN_I8 with one scale per token and head */
+    attn_dtype cache;     /* ATTN_F32 (the default), F16, BF16, or I8 with one scale per token and head */
     attn_progress progress; /* called during evaluation */
     void *user;           /* for progress */
 } attn_context_settings;
@@ -95,26 +95,26 @@ typedef struct attn_context_batch {
 typedef int (*attn_context_each)(void *user, int item, int64_t token, const float *logits);
 
 /* Add tokens to one or several different sequences. Only the logits after the last token of each item are computed, for
- * attn_context_logits(), unless `each` wants those of all tokens (in the batch's order). When a call fails or is cancelled, each
- * sequence keeps the chunks that were complete: attn_context_length() tells. */
+ * attn_context_logits(), unless `each` wants those of all tokens (in the batch's order). When a call fails or is
+ * cancelled, each sequence keeps the chunks that were complete: attn_context_length() tells. */
 ATTN_API attn_status attn_context_eval(attn_context *context, const attn_context_batch *batch, int count,
                                        attn_context_each each, void *user);
-/* Logits [vocabulary] after the last token of item `item` of the last batch that was evaluated without `each`; valid until the
- * next evaluation. NULL when there is no such item. */
+/* Logits [vocabulary] after the last token of item `item` of the last batch that was evaluated without `each`; valid
+ * until the next evaluation. NULL when there is no such item. */
 ATTN_API const float *attn_context_logits(const attn_context *context, int item);
 
 /* Tokens that a sequence has seen; -1 when out of range. */
 ATTN_API int64_t attn_context_length(const attn_context *context, int sequence);
-/* Forget everything after the first `length` tokens; 0 clears. ATTN_ERR_ARGUMENT when layers with a sliding window or evicted keys
- * no longer hold what those tokens need; the sequence is then unchanged. */
+/* Forget everything after the first `length` tokens; 0 clears. ATTN_ERR_ARGUMENT when layers with a sliding window or
+ * evicted keys no longer hold what those tokens need; the sequence is then unchanged. */
 ATTN_API attn_status attn_context_truncate(attn_context *context, int sequence, int64_t length);
 /* Make sequence `to` a copy of `from`. */
 ATTN_API attn_status attn_context_copy(attn_context *context, int to, int from);
 
 /* ---- The attention mechanism of a layer ---- */
 
-/* One layer's attention for consecutive tokens of one sequence. Keys are rotated already and in the order of their positions; the
- * queries' own are the last ones of each head. */
+/* One layer's attention for consecutive tokens of one sequence. Keys are rotated already and in the order of their
+ * positions; the queries' own are the last ones of each head. */
 typedef struct attn_llm_call {
     const attn_model *model;
     int layer, sequence;
@@ -142,11 +142,12 @@ typedef struct attn_llm_attention {
 
 /* Use a mechanism in one layer (-1: in all) from now on; NULL: back to exact attention. The struct is copied. */
 ATTN_API attn_status attn_context_set_attention(attn_context *context, int layer, const attn_llm_attention *attention);
-/* Exact attention for the query heads of key heads kv_begin ... kv_end - 1 of a call: for mechanisms that replace only some. */
+/* Exact attention for the query heads of key heads kv_begin ... kv_end - 1 of a call: for mechanisms that replace
+ * only some. */
 ATTN_API attn_status attn_llm_exact(const attn_llm_call *call, int64_t kv_begin, int64_t kv_end);
 
-/* Keep only some of a key head's keys: indices (ascending, of those that it holds now), count of them. The others are gone.
- * ATTN_ERR_UNSUPPORTED in layers with a sliding window, which hold few keys anyway. */
+/* Keep only some of a key head's keys: indices (ascending, of those that it holds now), count of them. The others are
+ * gone. ATTN_ERR_UNSUPPORTED in layers with a sliding window, which hold few keys anyway. */
 ATTN_API attn_status attn_context_keep(attn_context *context, int sequence, int layer, int64_t kv_head,
                                        const int64_t *indices, int64_t count);
 /* Keys that a head holds; -1 when out of range. */

@@ -1,5 +1,5 @@
-/* Products with quantised weights, rows in the lanes (see quant.h). Each body is written once, for a format that is a constant
- * where it is used, and inlined into one function per format. */
+/* Products with quantised weights, rows in the lanes (see quant.h). Each body is written once, for a format that is a
+ * constant where it is used, and inlined into one function per format. */
 #include "kernel/quant.h"
 
 #include "kernel/vec.h"
@@ -93,7 +93,7 @@ VINLINE vu step_codes(attn_quant_format f, const uint8_t *unit, int step, int v)
     if (f == ATTN_QUANT_Q8_0) {
         return vu_load(at + 64 * step);
     }
-    int high = f == ATTN_QUANT_Q6_K ? 128 : f == ATTN_QUANT_Q5_0 || f == ATTN_QUANT_Q5_1 || f == ATTN_QUANT_Q5_K ? 64 : 0;
+    int high = (int)attn_quant_code_bytes(f) - 256; /* bytes of upper bits */
     vu codes = vu_load(at + high + 64 * (step & 3));
     codes = (step < 4 ? codes : codes >> 4) & 0x0f0f0f0fu;
     if (high == 64) {
@@ -126,7 +126,8 @@ VINLINE void scaled_bytes(bytes16 bytes, const uint16_t *factor, float *to)
     }
 }
 
-/* The scales of the 8 units of a super-block: scale [8][16] (Q6_K: [8][2][16]) and minimum [8][16] (negated: w = d q + m). */
+/* The scales of the 8 units of a super-block: scale [8][16] (Q6_K: [8][2][16]) and minimum [8][16] (negated, so
+ * that w = d q + m). */
 VINLINE void super_scales(attn_quant_format f, const uint8_t *group, float *scale, float *minimum)
 {
     const uint16_t *d = (const uint16_t *)(const void *)group;
@@ -156,7 +157,7 @@ VINLINE void super_scales(attn_quant_format f, const uint8_t *group, float *scal
 VINLINE void vector_unit(attn_quant_format f, const uint8_t *unit, const attn_quant_x *x, const vf *d, const vf *m,
                          vf *acc)
 {
-    /* Panels follow each other in memory, and generation reads each weight once: the hardware alone fetches too late. */
+    /* Panels follow each other in memory, and generation reads each weight once: the hardware fetches too late. */
     UNROLL for (size_t line = 0; line < attn_quant_code_bytes(f); line += 64) {
         __builtin_prefetch(unit + AHEAD + line);
     }
@@ -423,8 +424,8 @@ VINLINE vf float_load(attn_quant_format f, const void *panel, int64_t index)
                                  : v_load_bf16((const uint16_t *)panel + index);
 }
 
-VINLINE void float_body(attn_quant_format f, const int T, const void *panels, int64_t columns, const float *x, float *out,
-                        int64_t stride)
+VINLINE void float_body(attn_quant_format f, const int T, const void *panels, int64_t columns, const float *x,
+                        float *out, int64_t stride)
 {
     const int64_t step = f == ATTN_QUANT_F32 ? (int64_t)sizeof(float) : (int64_t)sizeof(uint16_t);
     for (int i = 0; i < VECTORS; i++) {

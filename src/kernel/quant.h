@@ -1,8 +1,8 @@
 /* Micro-kernels of linear layers with quantised weights.
  *
- * Weights lie in panels of 16 rows (the rest of the last panel is 0), with the rows in the lanes of the vectors. A panel is a
- * permutation of the bytes of its rows in the file: first the scales of all its units, then, at a multiple of 64 bytes, the
- * codes of all its units. A unit is 32 columns; K formats have scales per super-block of 8 units.
+ * Weights lie in panels of 16 rows (the rest of the last panel is 0), with the rows in the lanes of the vectors. A
+ * panel is a permutation of the bytes of its rows in the file: first the scales of all its units, then, at a multiple
+ * of 64 bytes, the codes of all its units. A unit is 32 columns; K formats have scales per super-block of 8 units.
  *
  *     format  scales                                                codes per unit
  *     Q4_0    per unit f16 d[16]                                    u8 nibbles[4][16][4]
@@ -14,14 +14,14 @@
  *     Q5_K    the same                                              high, nibbles
  *     Q6_K    per 8 units f16 d[16]; i8 s[16][16]                   u8 high[2][16][4], nibbles
  *
- * Step s = 0 ... 7 of a unit holds columns 4s ... 4s + 3 of the 16 rows. nibbles[j] holds step j in the low and step j + 4 in
- * the high half-bytes; bit s of `high` (Q5) is the fifth bit of step s; bits 2t, 2t + 1 of high[h] (Q6) are the upper
- * bits of step 4h + t. F32, F16 and BF16 panels are plain [columns][16], and have no units.
+ * Step s = 0 ... 7 of a unit holds columns 4s ... 4s + 3 of the 16 rows. nibbles[j] holds step j in the low and step
+ * j + 4 in the high half-bytes; bit s of `high` (Q5) is the fifth bit of step s; bits 2t, 2t + 1 of high[h] (Q6) are
+ * the upper bits of step 4h + t. F32, F16 and BF16 panels are plain [columns][16], and have no units.
  *
- * Activations are quantised per unit to 15 bits, as two bytes: x = scale * (128 * high + low), with high in -127 ... 127 and low in
- * -64 ... 63. (One byte alone costs a small model a Kullback-Leibler divergence of several thousandths, which no longer
- * is small beside what the quantised weights cost; two bytes cost nothing that could be measured.) They come in groups of
- * up to ATTN_QUANT_GROUP tokens; a group of T tokens is attn_quant_x[units][T].
+ * Activations are quantised per unit to 15 bits, as two bytes: x = scale * (128 * high + low), with high in -127 ...
+ * 127 and low in -64 ... 63. (One byte alone costs a small model a Kullback-Leibler divergence of several
+ * thousandths, which no longer is small beside what the quantised weights cost; two bytes cost nothing that could be
+ * measured.) They come in groups of up to ATTN_QUANT_GROUP tokens; a group of T tokens is attn_quant_x[units][T].
  */
 #ifndef ATTN_KERNEL_QUANT_H
 #define ATTN_KERNEL_QUANT_H

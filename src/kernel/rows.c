@@ -6,7 +6,10 @@
 
 /* For each whole vector, then once for the rest of a row. */
 #define EACH(i, n) for (int64_t i = 0; i < (n); i += VW)
-VINLINE vf load_at(const float *x, int64_t i, int64_t n) { return n - i >= VW ? v_load(x + i) : v_load_n(x + i, (int)(n - i)); }
+VINLINE vf load_at(const float *x, int64_t i, int64_t n)
+{
+    return n - i >= VW ? v_load(x + i) : v_load_n(x + i, (int)(n - i));
+}
 VINLINE void store_at(float *x, vf y, int64_t i, int64_t n)
 {
     if (n - i >= VW) {

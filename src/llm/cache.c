@@ -112,15 +112,17 @@ attn_status attn_kv_truncate(attn_kv *kv, int64_t length, int64_t seen, int only
         if (kv->positions != NULL) {
             /* What was evicted stays away, so only a clear start is the same as never having gone on. */
             if (length > 0 && length < seen) {
-                return attn_fail(ATTN_ERR_ARGUMENT, "keys were evicted: the sequence can only be cut to 0 tokens, not %lld",
+                return attn_fail(ATTN_ERR_ARGUMENT,
+                                 "keys were evicted: the sequence can only be cut to 0 tokens, not %lld",
                                  (long long)length);
             }
         } else if (kv->window > 0 && length > 0) {
             int64_t first = seen - count, needed = attn_max_i64(0, length - (kv->window - 1));
             if (first > needed) {
-                return attn_fail(ATTN_ERR_ARGUMENT, "a layer with a sliding window of %lld holds the tokens from %lld on: the "
-                                 "sequence cannot be cut to %lld tokens", (long long)kv->window, (long long)first,
-                                 (long long)length);
+                return attn_fail(ATTN_ERR_ARGUMENT,
+                                 "a layer with a sliding window of %lld holds the tokens from %lld on: the "
+                                 "sequence cannot be cut to %lld tokens",
+                                 (long long)kv->window, (long long)first, (long long)length);
             }
         }
         if (!only_check) {
@@ -159,8 +161,8 @@ attn_status attn_kv_keep(attn_kv *kv, int64_t head, const int64_t *indices, int6
     }
     for (int64_t i = 0; i < count; i++) {
         if (indices[i] < 0 || indices[i] >= kv->counts[head] || (i > 0 && indices[i] <= indices[i - 1])) {
-            return attn_fail(ATTN_ERR_ARGUMENT, "indices[%lld] is %lld: they must ascend and be below %lld", (long long)i,
-                             (long long)indices[i], (long long)kv->counts[head]);
+            return attn_fail(ATTN_ERR_ARGUMENT, "indices[%lld] is %lld: they must ascend and be below %lld",
+                             (long long)i, (long long)indices[i], (long long)kv->counts[head]);
         }
     }
     if (count == kv->counts[head]) {

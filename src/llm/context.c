@@ -1,9 +1,12 @@
 /* Evaluation of a transformer over batches of tokens from one or several sequences.
  *
- * Shapes: N tokens of a chunk, C the width, H query heads and G key heads of width D, F the hidden width, V the vocabulary.
+ * Shapes: N tokens of a chunk, C the width, H query heads and G key heads of width D, F the hidden width,
+ * V the vocabulary.
  *
  *     x [N, C] = embedding
- *     each layer:  q, k, v = W norm(x);  rotate q, k;  cache k, v;  x += W attention(q, cache);  x += W (act(W h) * W h), h = norm(x)
+ *     each layer:  q, k, v = W norm(x);  rotate q, k;  cache k, v
+ *                  x += W attention(q, cache)
+ *                  x += W (act(W h) * W h) with h = norm(x)
  *     logits [V] = W norm(x)
  */
 #include "llm/context.h"
@@ -84,7 +87,8 @@ static attn_status check_settings(const attn_model *model, attn_context_settings
         s->chunk = STANDARD_CHUNK;
     }
     if (s->length < 1 || s->length > INT32_MAX) {
-        return attn_fail(ATTN_ERR_ARGUMENT, "length is %lld, expected 1 to 2^31 - 1 (0: default)", (long long)s->length);
+        return attn_fail(ATTN_ERR_ARGUMENT, "length is %lld, expected 1 to 2^31 - 1 (0: default)",
+                         (long long)s->length);
     }
     if (s->sequences < 1 || s->sequences > 1 << 20) {
         return attn_fail(ATTN_ERR_ARGUMENT, "sequences is %d, expected 1 to 2^20 (0: 1)", s->sequences);
@@ -134,7 +138,8 @@ static attn_status make_floats(attn_context *c, int64_t rows, int64_t width, flo
 static attn_status make_buffers(attn_context *c)
 {
     const attn_model_info *info = &c->model->info;
-    int64_t n = c->settings.chunk, q_width = info->heads * info->head_width, k_width = info->kv_heads * info->head_width;
+    int64_t n = c->settings.chunk;
+    int64_t q_width = info->heads * info->head_width, k_width = info->kv_heads * info->head_width;
     ATTN_TRY(attn_arena_create(&c->buffers, 0));
     ATTN_TRY(attn_arena_create(&c->scratch, 0));
     c->rows = attn_arena_array(c->buffers, (size_t)n, sizeof *c->rows);
@@ -352,7 +357,8 @@ static void embed(attn_context *c, int64_t n)
         } else {
             const attn_gguf_tensor *t = model->embedding_tensor;
             size_t bytes = t->bytes / (size_t)t->shape[1];
-            attn_gguf_dequantize(t->type, (const char *)t->data + (size_t)token * bytes, width, x); /* checked when opened */
+            /* Cannot fail: the type was checked when the model was opened. */
+            attn_gguf_dequantize(t->type, (const char *)t->data + (size_t)token * bytes, width, x);
         }
         if (model->embedding_scale != 1) {
             kernels()->scale(x, model->embedding_scale, width);
@@ -422,7 +428,8 @@ static attn_status attend(attn_context *c, int64_t layer, const segment *s)
     for (int64_t g = 0; g < info->kv_heads; g++) {
         c->key_counts[g] = kv->counts[g] + s->count;
         most = attn_max_i64(most, c->key_counts[g]);
-        c->stats.attention_flops += 4.0 * (double)(info->head_width * group) * count_pairs(kv->counts[g], s->count, kv->window);
+        c->stats.attention_flops +=
+            4.0 * (double)(info->head_width * group) * count_pairs(kv->counts[g], s->count, kv->window);
         for (int64_t i = 0; i < s->count && kv->positions != NULL; i++) {
             kv->positions[g][kv->counts[g] + i] = s->position + i;
         }
@@ -591,14 +598,15 @@ static attn_status check_batch(const attn_context *c, const attn_context_batch *
                              c->settings.sequences);
         }
         if (batch[i].count < 1 || batch[i].tokens == NULL || batch[i].count > c->settings.length - c->lengths[s]) {
-            return attn_fail(ATTN_ERR_ARGUMENT, "batch[%d].count is %lld, expected 1 to %lld (sequence %d holds %lld tokens)",
-                             i, (long long)batch[i].count, (long long)(c->settings.length - c->lengths[s]), s,
+            return attn_fail(ATTN_ERR_ARGUMENT,
+                             "batch[%d].count is %lld, expected 1 to %lld (sequence %d holds %lld tokens)", i,
+                             (long long)batch[i].count, (long long)(c->settings.length - c->lengths[s]), s,
                              (long long)c->lengths[s]);
         }
         for (int64_t t = 0; t < batch[i].count; t++) {
             if (batch[i].tokens[t] < 0 || batch[i].tokens[t] >= c->model->info.vocabulary) {
-                return attn_fail(ATTN_ERR_ARGUMENT, "batch[%d].tokens[%lld] is %d, the vocabulary has %lld", i, (long long)t,
-                                 (int)batch[i].tokens[t], (long long)c->model->info.vocabulary);
+                return attn_fail(ATTN_ERR_ARGUMENT, "batch[%d].tokens[%lld] is %d, the vocabulary has %lld", i,
+                                 (long long)t, (int)batch[i].tokens[t], (long long)c->model->info.vocabulary);
             }
         }
         for (int j = 0; j < i; j++) {
@@ -730,9 +738,9 @@ attn_status attn_context_copy(attn_context *c, int to, int from)
 
 static attn_status check_layer(const attn_context *c, int layer)
 {
-    return layer >= 0 && layer < c->model->info.layers
-               ? ATTN_OK
-               : attn_fail(ATTN_ERR_ARGUMENT, "layer is %d, the model has %lld", layer, (long long)c->model->info.layers);
+    return layer >= 0 && layer < c->model->info.layers ? ATTN_OK
+                                                       : attn_fail(ATTN_ERR_ARGUMENT, "layer is %d, the model has %lld",
+                                                                   layer, (long long)c->model->info.layers);
 }
 
 attn_status attn_context_set_attention(attn_context *c, int layer, const attn_llm_attention *attention)
@@ -762,8 +770,8 @@ attn_status attn_context_keep(attn_context *c, int sequence, int layer, int64_t 
 
 int64_t attn_context_keys(const attn_context *c, int sequence, int layer, int64_t kv_head)
 {
-    if (sequence < 0 || sequence >= c->settings.sequences || layer < 0 || layer >= c->model->info.layers || kv_head < 0 ||
-        kv_head >= c->model->info.kv_heads) {
+    if (sequence < 0 || sequence >= c->settings.sequences || layer < 0 || layer >= c->model->info.layers ||
+        kv_head < 0 || kv_head >= c->model->info.kv_heads) {
         return -1;
     }
     return cache_of(c, sequence, layer)->counts[kv_head];

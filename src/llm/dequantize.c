@@ -82,7 +82,8 @@ void attn_quant_k_scale(const unsigned char *packed, int j, int *scale, int *min
     }
 }
 
-/* Element i of sub-block j lies in byte 32 (j / 2) + i, in the low nibble for even j; its fifth bit is bit j of byte i. */
+/* Element i of sub-block j lies in byte 32 (j / 2) + i, in the low nibble for even j; its fifth bit is
+ * bit j of byte i. */
 static void q4_k(const unsigned char *block, float *out)
 {
     float d = load_f16(block), dmin = load_f16(block + 2);

@@ -334,8 +334,9 @@ static attn_status read_tensors(attn_gguf *file, struct reader *in)
     for (int64_t i = 0; i < file->tensor_count && status == ATTN_OK; i++) {
         attn_gguf_tensor *tensor = &file->tensors[i];
         if (offsets[i] % alignment != 0) {
-            status = attn_fail(ATTN_ERR_FORMAT, "gguf: tensor '%.80s': offset %llu is not a multiple of the alignment %llu",
-                               tensor->name, (unsigned long long)offsets[i], (unsigned long long)alignment);
+            status =
+                attn_fail(ATTN_ERR_FORMAT, "gguf: tensor '%.80s': offset %llu is not a multiple of the alignment %llu",
+                          tensor->name, (unsigned long long)offsets[i], (unsigned long long)alignment);
         } else if (start > in->bytes || offsets[i] > in->bytes - start ||
                    tensor->bytes > in->bytes - start - offsets[i]) {
             status = attn_fail(ATTN_ERR_FORMAT, "gguf: tensor '%.80s': %zu bytes at offset %llu lie outside the file",

@@ -126,8 +126,10 @@ static attn_status read_uniform(const attn_gguf *file, const char *prefix, const
     attn_status status = attn_gguf_get_ints(file, key, values, layers);
     for (int64_t i = 0; i < layers && status == ATTN_OK; i++) {
         if (values[i] != values[0] || values[i] < 1 || values[i] > WIDTH_LIMIT) {
-            status = attn_fail(ATTN_ERR_UNSUPPORTED, "gguf: key '%s' is %lld in layer %lld and %lld in layer 0; layers that "
-                               "differ are not supported", key, (long long)values[i], (long long)i, (long long)values[0]);
+            status = attn_fail(ATTN_ERR_UNSUPPORTED,
+                               "gguf: key '%s' is %lld in layer %lld and %lld in layer 0; layers that "
+                               "differ are not supported",
+                               key, (long long)values[i], (long long)i, (long long)values[0]);
         }
     }
     *value = status == ATTN_OK ? values[0] : 0;
@@ -150,15 +152,15 @@ static attn_status read_info(attn_model *model)
     ATTN_TRY(read_uniform(file, prefix, "attention.head_count_kv", info->layers, info->heads, &info->kv_heads));
     ATTN_TRY(read_uniform(file, prefix, "feed_forward_length", info->layers, 0, &info->hidden));
     if (info->heads % info->kv_heads != 0) {
-        return attn_fail(ATTN_ERR_FORMAT, "gguf: '%s.attention.head_count' %lld is no multiple of head_count_kv %lld", prefix,
-                         (long long)info->heads, (long long)info->kv_heads);
+        return attn_fail(ATTN_ERR_FORMAT, "gguf: '%s.attention.head_count' %lld is no multiple of head_count_kv %lld",
+                         prefix, (long long)info->heads, (long long)info->kv_heads);
     }
     ATTN_TRY(attn_model_int(file, prefix, "attention.key_length", info->width / info->heads, 1, WIDTH_LIMIT,
                             &info->head_width));
     ATTN_TRY(attn_model_int(file, prefix, "attention.value_length", info->head_width, 1, WIDTH_LIMIT, &value_width));
     if (value_width != info->head_width) {
-        return attn_fail(ATTN_ERR_UNSUPPORTED, "gguf: '%s.attention.value_length' %lld differs from key_length %lld", prefix,
-                         (long long)value_width, (long long)info->head_width);
+        return attn_fail(ATTN_ERR_UNSUPPORTED, "gguf: '%s.attention.value_length' %lld differs from key_length %lld",
+                         prefix, (long long)value_width, (long long)info->head_width);
     }
     if (info->heads * info->head_width > WIDTH_LIMIT) {
         return attn_fail(ATTN_ERR_FORMAT, "gguf: '%s': %lld heads of width %lld are too many", prefix,
@@ -190,8 +192,8 @@ static attn_status read_numbers(attn_model *model, const architecture *kind)
     ATTN_TRY(attn_model_float(file, prefix, "rope.freq_base", 10000, &base));
     ATTN_TRY(attn_model_float(file, prefix, "rope.freq_base_swa", 10000, &local_base));
     if (epsilon < 0 || attention_cap < 0 || output_cap < 0 || epsilon > 1) {
-        return attn_fail(ATTN_ERR_FORMAT, "gguf: '%s': layer_norm_rms_epsilon %g or soft caps %g, %g are out of range", prefix,
-                         epsilon, attention_cap, output_cap);
+        return attn_fail(ATTN_ERR_FORMAT, "gguf: '%s': layer_norm_rms_epsilon %g or soft caps %g, %g are out of range",
+                         prefix, epsilon, attention_cap, output_cap);
     }
     model->epsilon = (float)epsilon;
     model->attention_scale = (float)scale;
@@ -199,7 +201,8 @@ static attn_status read_numbers(attn_model *model, const architecture *kind)
     model->output_softcap = (float)output_cap;
     model->embedding_scale = kind->scaled_embedding ? sqrtf((float)model->info.width) : 1;
     model->gelu = kind->gelu;
-    ATTN_TRY(attn_rope_make(&model->ropes[0], file, prefix, model->info.head_width, model->info.context_length, base, 1));
+    ATTN_TRY(
+        attn_rope_make(&model->ropes[0], file, prefix, model->info.head_width, model->info.context_length, base, 1));
     return kind->period == 0 ? ATTN_OK
                              : attn_rope_make(&model->ropes[1], file, prefix, model->info.head_width,
                                               model->info.context_length, local_base, 0);
@@ -241,7 +244,7 @@ static attn_status read_windows(attn_model *model, const architecture *kind)
 
 /* ---- Weights ---- */
 
-/* Rows of q and k in files with interleaved rotary pairs: back to halves, so that there is one layout to compute with. */
+/* Rows of q and k in files with interleaved rotary pairs: back to halves, so that there is one layout. */
 typedef struct pairing {
     int64_t head_width, dims;
 } pairing;
@@ -352,10 +355,22 @@ static int is_rope_tensor(const char *name)
 static attn_status check_all_used(const loader *in, int tied)
 {
     const attn_gguf *file = in->model->file;
-    static const char *const parts[] = {"attn_norm.weight", "ffn_norm.weight", "attn_q_norm.weight", "attn_k_norm.weight",
-                                        "post_attention_norm.weight", "post_ffw_norm.weight", "attn_q.bias", "attn_k.bias",
-                                        "attn_v.bias", "attn_output.bias", "attn_q.weight", "attn_k.weight",
-                                        "attn_v.weight", "attn_output.weight", "ffn_gate.weight", "ffn_up.weight",
+    static const char *const parts[] = {"attn_norm.weight",
+                                        "ffn_norm.weight",
+                                        "attn_q_norm.weight",
+                                        "attn_k_norm.weight",
+                                        "post_attention_norm.weight",
+                                        "post_ffw_norm.weight",
+                                        "attn_q.bias",
+                                        "attn_k.bias",
+                                        "attn_v.bias",
+                                        "attn_output.bias",
+                                        "attn_q.weight",
+                                        "attn_k.weight",
+                                        "attn_v.weight",
+                                        "attn_output.weight",
+                                        "ffn_gate.weight",
+                                        "ffn_up.weight",
                                         "ffn_down.weight"};
     int64_t used = in->used;
     for (int64_t i = 0; i < attn_gguf_tensor_count(file); i++) {
@@ -505,8 +520,8 @@ void attn_model_close(attn_model *model)
     }
     for (int64_t i = 0; model->layers != NULL && i < model->info.layers; i++) {
         attn_model_layer *l = &model->layers[i];
-        float *vectors[] = {l->attention_norm, l->ffn_norm, l->q_norm, l->k_norm, l->post_attention_norm, l->post_ffn_norm,
-                            l->q_bias, l->k_bias, l->v_bias, l->out_bias};
+        float *vectors[] = {l->attention_norm, l->ffn_norm, l->q_norm, l->k_norm, l->post_attention_norm,
+                            l->post_ffn_norm,  l->q_bias,   l->k_bias, l->v_bias, l->out_bias};
         for (size_t j = 0; j < sizeof vectors / sizeof vectors[0]; j++) {
             attn_free(vectors[j]);
         }

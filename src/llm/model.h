@@ -44,8 +44,8 @@ static inline const attn_quant_matrix *attn_model_output(const attn_model *model
     return model->output.data != NULL ? &model->output : &model->embedding;
 }
 
-/* rope.c: frequencies from the metadata under `prefix` and, when they exist, the tensors rope_freqs, rope_factors_long and
- * rope_factors_short. `scaled`: whether the scaling that the metadata names applies. */
+/* rope.c: frequencies from the metadata under `prefix` and, when they exist, the tensors rope_freqs,
+ * rope_factors_long and rope_factors_short. `scaled`: whether the scaling that the metadata names applies. */
 attn_status attn_rope_make(attn_rope *rope, const attn_gguf *file, const char *prefix, int64_t head_width,
                            int64_t context_length, double base, int scaled);
 void attn_rope_free(attn_rope *rope);
@@ -55,7 +55,8 @@ attn_status attn_model_int(const attn_gguf *file, const char *prefix, const char
                            int64_t most, int64_t *value);
 attn_status attn_model_float(const attn_gguf *file, const char *prefix, const char *name, double standard,
                              double *value);
-/* A one-dimensional tensor of `count` numbers as new float32 memory. A tensor that is missing leaves NULL when it is optional. */
+/* A one-dimensional tensor of `count` numbers as new float32 memory. A tensor that is missing leaves NULL when it is
+ * optional. */
 attn_status attn_model_vector(const attn_gguf *file, const char *name, int64_t count, int optional, float **out);
 
 #endif

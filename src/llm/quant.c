@@ -90,7 +90,8 @@ static void get_codes(const unsigned char *block, int at, const unsigned char *f
 static void put_u16(unsigned char *to, const unsigned char *from) { memcpy(to, from, 2); }
 
 /* One row of a panel; `source` is the row in the file. */
-static void pack_row(attn_quant_format format, unsigned char *panel, int row, const unsigned char *source, int64_t units)
+static void pack_row(attn_quant_format format, unsigned char *panel, int row, const unsigned char *source,
+                     int64_t units)
 {
     unsigned char *scales = panel, *codes = panel + attn_quant_scale_bytes(format, units), plain[UNIT];
     size_t step = attn_quant_code_bytes(format);
@@ -271,7 +272,8 @@ static int get_code(attn_quant_format format, const unsigned char *unit, int row
     return code;
 }
 
-/* w = scale * code + minimum over columns begin ... end - 1 of a unit; offset formats subtract from the code instead. */
+/* w = scale * code + minimum over columns begin ... end - 1 of a unit; formats with an offset subtract
+ * it from the code instead. */
 static void get_unit(attn_quant_format format, const unsigned char *unit, int row, int begin, int end, float scale,
                      float minimum, int offset, float *out)
 {
@@ -305,11 +307,13 @@ void attn_quant_matrix_row(const attn_quant_matrix *matrix, int64_t row, float *
         switch (format) {
         case ATTN_QUANT_Q4_0: get_unit(format, codes, r, 0, UNIT, panel_f16(panel + 32 * u + 2 * r), 0, 8, out); break;
         case ATTN_QUANT_Q5_0: get_unit(format, codes, r, 0, UNIT, panel_f16(panel + 32 * u + 2 * r), 0, 16, out); break;
-        case ATTN_QUANT_Q8_0: get_unit(format, codes, r, 0, UNIT, panel_f16(panel + 32 * u + 2 * r), 0, 128, out); break;
+        case ATTN_QUANT_Q8_0:
+            get_unit(format, codes, r, 0, UNIT, panel_f16(panel + 32 * u + 2 * r), 0, 128, out);
+            break;
         case ATTN_QUANT_Q4_1:
         case ATTN_QUANT_Q5_1:
-            get_unit(format, codes, r, 0, UNIT, panel_f16(panel + 64 * u + 2 * r), panel_f16(panel + 64 * u + 32 + 2 * r),
-                     0, out);
+            get_unit(format, codes, r, 0, UNIT, panel_f16(panel + 64 * u + 2 * r),
+                     panel_f16(panel + 64 * u + 32 + 2 * r), 0, out);
             break;
         case ATTN_QUANT_Q6_K: {
             const unsigned char *group = panel + 288 * (u / 8);

@@ -23,9 +23,10 @@ typedef struct attn_quant_matrix {
 
 /* Bytes that a matrix of that type takes when packed; 0 for types that are not supported. */
 size_t attn_quant_packed_bytes(attn_gguf_tensor_type type, int64_t rows, int64_t columns);
-/* Pack the rows x columns weights of a file's tensor of a supported type into memory of the arena. source_row (may be NULL: the same) tells which row of
- * the tensor becomes row `row`. `mapped`: the tensor lies in a mapped file, whose pages are given back as they have been packed
- * (they are read again if they are needed again). ATTN_ERR_UNSUPPORTED, ATTN_ERR_MEMORY. */
+/* Pack the rows x columns weights of a file's tensor of a supported type into memory of the arena. source_row (may be
+ * NULL: the same) tells which row of the tensor becomes row `row`. `mapped`: the tensor lies in a mapped file, whose
+ * pages are given back as they have been packed (they are read again if they are needed again). ATTN_ERR_UNSUPPORTED,
+ * ATTN_ERR_MEMORY. */
 attn_status attn_quant_matrix_pack(attn_quant_matrix *matrix, attn_arena *arena, const attn_gguf_tensor *tensor,
                                    int64_t rows, int64_t columns,
                                    int64_t (*source_row)(const void *user, int64_t row), const void *user, int mapped,

@@ -87,7 +87,8 @@ static attn_status fill(attn_rope *rope, const attn_gguf *file, const char *pref
     ATTN_TRY(attn_model_float(file, prefix, "rope.scaling.attn_factor", 0, &magnitude));
     ATTN_TRY(attn_model_float(file, prefix, "rope.scaling.yarn_beta_fast", 32, &fast));
     ATTN_TRY(attn_model_float(file, prefix, "rope.scaling.yarn_beta_slow", 1, &slow));
-    ATTN_TRY(attn_model_int(file, prefix, "rope.scaling.original_context_length", context_length, 1, INT32_MAX, &original));
+    ATTN_TRY(
+        attn_model_int(file, prefix, "rope.scaling.original_context_length", context_length, 1, INT32_MAX, &original));
     if (factor == 0) {
         factor = 1; /* some files say 0 for "none" */
     }
