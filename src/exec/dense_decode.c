@@ -21,19 +21,28 @@ typedef struct part_state {
     float *o, *m, *l;
 } part_state;
 
+/* int8 only: the scales of some keys, or of their values. */
+static void load_scales(float *to, const attn_tensor *scales, int64_t b, int64_t kv, int64_t first, int64_t keys)
+{
+    for (int64_t j = 0; j < keys && scales != NULL; j++) {
+        to[j] = attn_dense_row_scale(scales, b, kv, first + j);
+    }
+}
+
 static void attend_step(const dense_problem *p, const float *q, float *s, part_state *state, int64_t b, int64_t kv,
                         int64_t first, int64_t keys)
 {
     const attn_tile_kernels *kernels = p->kernels;
     const attn_tensor *k = &p->in->k, *v = &p->in->v;
     int64_t rows = p->group * p->n, count = attn_ceil_div(keys, kernels->vw) * kernels->vw;
-    float alpha[MOST_ROWS];
+    float alpha[MOST_ROWS], scale[STEP];
+    load_scales(scale, p->in->k_scale, b, kv, first, keys);
     kernels->decode_scores(s, STEP, q, p->d, rows, attn_dense_row(k, b, kv, first), k->dtype, k->stride[2], keys, p->d);
     for (int64_t r = 0; r < rows; r++) {
         float *row = s + r * STEP;
         int64_t h = kv * p->group + r / p->n, n = r % p->n, begin, end;
         for (int64_t j = 0; j < keys && p->in->k_scale != NULL; j++) {
-            row[j] *= attn_dense_row_scale(p->in->k_scale, b, kv, first + j);
+            row[j] *= scale[j];
         }
         if (attn_dense_needs_adjust(p)) {
             attn_dense_adjust(p, row, b, h, n, first, keys);
@@ -42,12 +51,13 @@ static void attend_step(const dense_problem *p, const float *q, float *s, part_s
         attn_dense_mask_row(row, first, count, begin, attn_min_i64(end, first + keys));
     }
     kernels->softmax(rows, s, STEP, count, state->m, state->l, alpha);
+    load_scales(scale, p->in->v_scale, b, kv, first, keys);
     for (int64_t r = 0; r < rows; r++) {
         if (alpha[r] != 1.0f) {
             kernels->scale(state->o + r * p->dv_pad, p->dv, alpha[r]);
         }
         for (int64_t j = 0; j < keys && p->in->v_scale != NULL; j++) {
-            s[r * STEP + j] *= attn_dense_row_scale(p->in->v_scale, b, kv, first + j);
+            s[r * STEP + j] *= scale[j];
         }
     }
     kernels->decode_values(state->o, p->dv_pad, s, STEP, rows, attn_dense_row(v, b, kv, first), v->dtype, v->stride[2], keys,

@@ -379,6 +379,17 @@ static void pack_transposed(float *to, int64_t ld, const void *from, attn_dtype 
 
 /* ---- One-token decoding ---- */
 
+/* Rows that a caller's next step will read, asked for while this one is computed: memory is the limit here. Past the end of the data
+ * it does nothing. */
+#define ROWS_AHEAD 128
+VINLINE void fetch_ahead(const void *from, const attn_dtype dtype, int64_t row, int64_t stride, int64_t c)
+{
+    int64_t size = dtype == ATTN_F32 ? 4 : dtype == ATTN_I8 ? 1 : 2;
+    if (c * size % 64 == 0) {
+        __builtin_prefetch((const void *)((uintptr_t)from + (uintptr_t)(((row + ROWS_AHEAD) * stride + c) * size)), 0, 2);
+    }
+}
+
 /* Scores of `rows` query rows with two keys at a time, so that the sums of one hide behind the other. */
 VINLINE void scores_as(const int rows, float *s, int64_t lds, const float *q, int64_t ldq, const void *k,
                        const attn_dtype dtype, int64_t stride, int64_t keys, int64_t d)
@@ -451,6 +462,7 @@ VINLINE int64_t scores_by_4(const int rows, float *s, int64_t lds, const float *
             vf x[4];
 #pragma GCC unroll 4
             for (int i = 0; i < 4; i++) {
+                fetch_ahead(k, dtype, j + i, stride, c);
                 x[i] = load_as(k, dtype, (j + i) * stride + c);
             }
 #pragma GCC unroll 4
@@ -518,6 +530,7 @@ VINLINE void values_tile(const int rows, const int vectors, float *o, int64_t ld
         vf x[4];
 #pragma GCC unroll 4
         for (int i = 0; i < vectors; i++) {
+            fetch_ahead(v, dtype, j, stride, c + i * VW);
             x[i] = load_as(v, dtype, j * stride + c + i * VW);
         }
 #pragma GCC unroll 4
