@@ -154,10 +154,10 @@ static void selections(void **state)
     attn_plan_destroy(three);
 }
 
-static void fails(attn_status status, attn_status expected, const char *words, const attn_plan *plan)
+static void fails(attn_status status, attn_status expected, const char *words, attn_plan *const *plan)
 {
     assert_int_equal(status, expected);
-    assert_null(plan);
+    assert_null(*plan);
     if (strstr(attn_last_error(), words) == NULL) {
         fail_msg("'%s' does not say '%s'", attn_last_error(), words);
     }
@@ -169,22 +169,22 @@ static void errors(void **state)
     attn_plan *plan, *a, *b;
     attn_plan_shape good = {1, 1, 8, 8, 4, 4}, bad = good;
     bad.block_q = 0;
-    fails(attn_plan_from_rule(&plan, &bad, NULL), ATTN_ERR_ARGUMENT, "block_q = 0", plan);
+    fails(attn_plan_from_rule(&plan, &bad, NULL), ATTN_ERR_ARGUMENT, "block_q = 0", &plan);
     bad = good;
     bad.n = -1;
-    fails(attn_plan_from_rule(&plan, &bad, NULL), ATTN_ERR_ARGUMENT, "n = -1", plan);
-    fails(attn_plan_streaming(&plan, &good, 1, 0), ATTN_ERR_ARGUMENT, "recent = 0", plan);
-    fails(attn_plan_streaming(&plan, &good, -1, 1), ATTN_ERR_ARGUMENT, "sinks = -1", plan);
-    fails(attn_plan_strided(&plan, &good, 0, 1), ATTN_ERR_ARGUMENT, "stride = 0", plan);
+    fails(attn_plan_from_rule(&plan, &bad, NULL), ATTN_ERR_ARGUMENT, "n = -1", &plan);
+    fails(attn_plan_streaming(&plan, &good, 1, 0), ATTN_ERR_ARGUMENT, "recent = 0", &plan);
+    fails(attn_plan_streaming(&plan, &good, -1, 1), ATTN_ERR_ARGUMENT, "sinks = -1", &plan);
+    fails(attn_plan_strided(&plan, &good, 0, 1), ATTN_ERR_ARGUMENT, "stride = 0", &plan);
     int64_t numbers[] = {0, 2, 1, 0};
     attn_tensor lists = attn_tensor_make(numbers, ATTN_I64, 4, (int64_t[]){1, 1, 2, 2});
-    fails(attn_plan_from_lists(&plan, &good, &lists, NULL), ATTN_ERR_ARGUMENT, "lists[0,0,0,1] = 2", plan);
+    fails(attn_plan_from_lists(&plan, &good, &lists, NULL), ATTN_ERR_ARGUMENT, "lists[0,0,0,1] = 2", &plan);
     bad = good;
     bad.n = 20;
-    fails(attn_plan_from_lists(&plan, &bad, &lists, NULL), ATTN_ERR_SHAPE, "axis 2", plan);
+    fails(attn_plan_from_lists(&plan, &bad, &lists, NULL), ATTN_ERR_SHAPE, "axis 2", &plan);
     ok(attn_plan_from_rule(&a, &good, NULL));
     ok(attn_plan_from_rule(&b, &bad, NULL));
-    fails(attn_plan_union(&plan, a, b), ATTN_ERR_SHAPE, "n = 8 and 20", plan);
+    fails(attn_plan_union(&plan, a, b), ATTN_ERR_SHAPE, "n = 8 and 20", &plan);
     assert_int_equal(attn_plan_fits(a, 2, 4, 2, 8, 8), ATTN_OK);
     assert_int_equal(attn_plan_fits(a, 2, 4, 2, 8, 9), ATTN_ERR_SHAPE);
     attn_plan_destroy(a);
