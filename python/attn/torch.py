@@ -200,11 +200,13 @@ def _way(*inputs):
     2 directly, recorded for gradients."""
     if torch.compiler.is_compiling() or not _no_modes() or not _PLAIN.issuperset(map(type, inputs)):
         return 0
-    if torch.is_grad_enabled():
-        for tensor in inputs:
-            if tensor is not None and tensor.requires_grad:
-                return 2
-    return 1
+    recorded = False
+    for tensor in inputs:
+        if tensor is not None:
+            if not tensor.is_cpu or tensor.is_neg():  # the dispatcher knows what to do with negated views and other devices
+                return 0
+            recorded |= tensor.requires_grad
+    return 2 if recorded and torch.is_grad_enabled() else 1
 
 
 def _recorder(mechanism):

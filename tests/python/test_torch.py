@@ -190,3 +190,17 @@ def test_non_contiguous():
     expanded = torch.ones(()).expand_as(a)
     for x, y in zip(torch.autograd.grad(a, (q, k, v), expanded), torch.autograd.grad(b, (q, k, v), expanded.clone())):
         np.testing.assert_array_equal(x.numpy(), y.numpy())
+
+
+def test_other_tensors():
+    q = torch.randn(1, 2, 8, 16)
+    negated = torch.randn(1, 2, 8, 16, dtype=torch.complex64).conj().imag
+    assert negated.is_neg()
+    assert torch.equal(attn.torch.dense(negated, q, q).o, attn.torch.dense(negated.resolve_neg(), q, q).o)
+    assert attn.torch.dense(*[q.to("meta")] * 3).o.shape == q.shape
+    batch = torch.randn(3, 1, 2, 8, 16)
+    got = torch.vmap(lambda x: attn.torch.dense(x, x, x, outputs="o"))(batch)
+    assert torch.equal(got, torch.stack([attn.torch.dense(x, x, x).o for x in batch]))
+    for wrong in (q.to_sparse(), q.to(torch.complex64)):
+        with pytest.raises((RuntimeError, TypeError)):
+            attn.torch.dense(wrong, q, q)
