@@ -94,7 +94,7 @@ static void test_tables_are_sound(void **state)
             outputs += port->direction == ATTN_PORT_OUT;
             differentiable |= port->direction == ATTN_PORT_OUT && (port->flags & ATTN_PORT_DIFF) != 0;
         }
-        if (outputs == 0 || differentiable != info->differentiable) {
+        if (outputs == 0 || (info->differentiable && !differentiable)) {
             fail_msg("%s: %d outputs, differentiable %d but its ports say %d", info->name, outputs, info->differentiable,
                      differentiable);
         }

@@ -1,0 +1,170 @@
+/* Every allocation made to fail in turn: a status, no crash, no leak; and the call works again afterwards. */
+#include <attn/dense.h>
+#include <attn/memory.h>
+#include <attn/op.h>
+#include <attn/plan.h>
+#include <attn/safetensors.h>
+#include <attn/sample.h>
+
+#include <setjmp.h>
+#include <stdarg.h>
+#include <stddef.h>
+#include <stdint.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include <cmocka.h>
+
+static long allowed, alive;
+
+static void *counted_alloc(void *user, size_t bytes)
+{
+    (void)user;
+    long left;
+#pragma omp atomic capture
+    left = allowed--;
+    if (left <= 0) {
+        return NULL;
+    }
+    void *memory = malloc(bytes);
+    if (memory != NULL) {
+#pragma omp atomic
+        alive++;
+    }
+    return memory;
+}
+
+static void counted_free(void *user, void *memory)
+{
+    (void)user;
+    if (memory != NULL) {
+#pragma omp atomic
+        alive--;
+    }
+    free(memory);
+}
+
+static void fail_each(const char *what, attn_status (*run)(void))
+{
+    const attn_allocator allocator = {counted_alloc, counted_free, NULL};
+    attn_set_allocator(&allocator);
+    for (long n = 0;; n++) {
+        allowed = n;
+        alive = 0;
+        attn_status status = run();
+        if (alive != 0) {
+            fail_msg("%s: %ld blocks leaked when allocation %ld failed", what, alive, n);
+        }
+        if (status == ATTN_OK) {
+            if (n == 0) {
+                fail_msg("%s allocates nothing: it tests nothing", what);
+            }
+            break;
+        }
+        if (status != ATTN_ERR_MEMORY) {
+            fail_msg("%s: allocation %ld failed, and the status was '%s' (%s)", what, n, attn_status_name(status), attn_last_error());
+        }
+        assert_true(n < 10000);
+    }
+    attn_set_allocator(NULL);
+}
+
+static float numbers[4096];
+
+static attn_tensor view(int64_t h, int64_t n, int64_t d)
+{
+    return attn_tensor_make(numbers, ATTN_F32, 4, (int64_t[]){1, h, n, d});
+}
+
+static attn_status forward_and_backward(const char *spec, int64_t n)
+{
+    static float out[4096], grad[3][4096];
+    attn_op *op;
+    attn_status status = attn_op_create(&op, spec);
+    if (status != ATTN_OK) {
+        return status;
+    }
+    attn_named_tensor in[] = {{"q", view(2, n, 8)}, {"k", view(1, n, 8)}, {"v", view(1, n, 8)}};
+    attn_named_tensor o = {"o", attn_tensor_make(out, ATTN_F32, 4, (int64_t[]){1, 2, n, 8})};
+    attn_named_tensor grad_o = {"o", view(2, n, 8)};
+    attn_named_tensor grads[] = {{"q", attn_tensor_make(grad[0], ATTN_F32, 4, in[0].tensor.shape)},
+                                 {"k", attn_tensor_make(grad[1], ATTN_F32, 4, in[1].tensor.shape)},
+                                 {"v", attn_tensor_make(grad[2], ATTN_F32, 4, in[2].tensor.shape)}};
+    attn_exec exec = {.threads = 2};
+    status = attn_op_forward(op, in, 3, &o, 1, &exec);
+    if (status == ATTN_OK && attn_op_get_info(op)->differentiable) {
+        status = attn_op_backward(op, in, 3, NULL, 0, &grad_o, 1, grads, 3, &exec);
+    }
+    attn_op_destroy(op);
+    return status;
+}
+
+static attn_status dense(void) { return forward_and_backward("dense:causal=true,window=[9,-1]", 100); }
+static attn_status decode(void) { return forward_and_backward("dense", 1); }
+static attn_status streaming(void) { return forward_and_backward("streaming:sinks=2,recent=5", 100); }
+static attn_status topk(void) { return forward_and_backward("topk:top_k=3", 60); }
+static attn_status topk_blocks(void) { return forward_and_backward("topk.blocks:top_k=2,block_q=16,block_k=16", 100); }
+static attn_status flexprefill(void) { return forward_and_backward("flexprefill:block=16,min_budget=16", 100); }
+static attn_status softpag(void) { return forward_and_backward("softpag:u=0.5,target=query_mean", 30); }
+static attn_status lightning(void) { return forward_and_backward("lightning:block=16", 60); }
+
+static attn_status plan(void)
+{
+    attn_plan *made;
+    attn_plan_shape shape = {.batch = 1, .heads = 2, .n = 100, .m = 100, .block_q = 16, .block_k = 16};
+    attn_status status = attn_plan_streaming(&made, &shape, 4, 20);
+    if (status == ATTN_OK) {
+        attn_plan_destroy(made);
+    }
+    return status;
+}
+
+static attn_status sampler(void)
+{
+    attn_sampler *made;
+    attn_status status = attn_sampler_create(&made, NULL, 100);
+    if (status == ATTN_OK) {
+        attn_sampler_destroy(made);
+    }
+    return status;
+}
+
+static attn_status safetensors(void)
+{
+    static const char text[] = "{\"a\":{\"dtype\":\"BOOL\",\"shape\":[1],\"data_offsets\":[0,1]},"
+                               "\"b\":{\"dtype\":\"F32\",\"shape\":[1],\"data_offsets\":[1,5]}}";
+    unsigned char file[8 + sizeof text - 1 + 5] = {0};
+    file[0] = sizeof text - 1;
+    memcpy(file + 8, text, sizeof text - 1);
+    attn_safetensors *made;
+    attn_status status = attn_safetensors_open_memory(&made, file, sizeof file);
+    if (status == ATTN_OK) {
+        attn_safetensors_close(made);
+    }
+    return status;
+}
+
+static void test_each_allocation_may_fail(void **state)
+{
+    (void)state;
+    for (int i = 0; i < 4096; i++) {
+        numbers[i] = (float)(i * 37 % 101) / 50.0f - 1.0f;
+    }
+    fail_each("dense", dense);
+    fail_each("decode", decode);
+    fail_each("streaming", streaming);
+    fail_each("topk", topk);
+    fail_each("topk.blocks", topk_blocks);
+    fail_each("flexprefill", flexprefill);
+    fail_each("softpag", softpag);
+    fail_each("lightning", lightning);
+    fail_each("plan", plan);
+    fail_each("sampler", sampler);
+    fail_each("safetensors", safetensors);
+}
+
+int main(void)
+{
+    const struct CMUnitTest tests[] = {cmocka_unit_test(test_each_allocation_may_fail)};
+    return cmocka_run_group_tests(tests, NULL, NULL);
+}
