@@ -1,5 +1,5 @@
 /* Exact attention against this machine's multiply-add peak and read bandwidth, in one run.
- *     bench_dense [--threads N] [--quick] [--repeats N]
+ *     bench_dense [--threads N] [--quick] [--decode] [--repeats N]
  */
 #include "core/internal.h"
 #include "core/random.h"
@@ -134,7 +134,7 @@ static void bench_decode(attn_dtype dtype, int threads, double bandwidth, int re
 
 int main(int argc, char **argv)
 {
-    int threads = 0, quick = 0, repeats = 5;
+    int threads = 0, quick = 0, only_decode = 0, repeats = 5;
     for (int i = 1; i < argc; i++) {
         if (strcmp(argv[i], "--threads") == 0 && i + 1 < argc) {
             threads = atoi(argv[++i]);
@@ -142,8 +142,10 @@ int main(int argc, char **argv)
             repeats = atoi(argv[++i]);
         } else if (strcmp(argv[i], "--quick") == 0) {
             quick = 1;
+        } else if (strcmp(argv[i], "--decode") == 0) {
+            only_decode = 1;
         } else {
-            fprintf(stderr, "usage: bench_dense [--threads N] [--quick] [--repeats 1...99]\n");
+            fprintf(stderr, "usage: bench_dense [--threads N] [--quick] [--decode] [--repeats 1...99]\n");
             return 2;
         }
     }
@@ -155,7 +157,7 @@ int main(int argc, char **argv)
            threads, peak * 1e-9, bandwidth * 1e-9, repeats);
     printf("| N = M | D | mask | forward | backward |\n| --- | --- | --- | --- | --- |\n");
     const int64_t lengths[] = {128, 256, 512, 4096, 16384};
-    for (int i = 0; i < (quick ? 4 : 5); i++) {
+    for (int i = 0; i < (only_decode ? 0 : quick ? 4 : 5); i++) {
         for (int64_t d = 64; d <= 128; d += 64) {
             for (int causal = 0; causal < 2; causal++) {
                 int some = lengths[i] <= 512 ? repeats * 5 : lengths[i] > 4096 ? (repeats + 1) / 2 : repeats;

@@ -458,7 +458,22 @@ VINLINE int64_t scores_by_4(const int rows, float *s, int64_t lds, const float *
                 acc[r][i] = v_zero();
             }
         }
-        for (int64_t c = 0; c < d; c += VW) {
+        /* Key by key reads memory in order, side by side reads the queries less often: measured, halves gain from the first, f32 and
+         * int8 from the second. */
+        if (dtype == ATTN_F16 || dtype == ATTN_BF16) {
+#pragma GCC unroll 4
+            for (int i = 0; i < 4; i++) {
+                for (int64_t c = 0; c < d; c += VW) {
+                    fetch_ahead(k, dtype, j + i, stride, c);
+                    vf x = load_as(k, dtype, (j + i) * stride + c);
+#pragma GCC unroll 4
+                    for (int r = 0; r < rows; r++) {
+                        acc[r][i] = v_fma(v_load(q + r * ldq + c), x, acc[r][i]);
+                    }
+                }
+            }
+        }
+        for (int64_t c = 0; c < d && dtype != ATTN_F16 && dtype != ATTN_BF16; c += VW) {
             vf x[4];
 #pragma GCC unroll 4
             for (int i = 0; i < 4; i++) {
