@@ -342,40 +342,21 @@ static void load_queries(const dense_problem *p, worker *w, int64_t pair, int64_
     memset(w->o, 0, (size_t)(count * p->dv_pad) * sizeof *w->o);
 }
 
-/* A few rows (one tile height) against the keys of one block. */
-static void attend_block(const dense_problem *p, const packed *kv, worker *w, int64_t pair, int64_t first, int64_t r,
-                         int64_t rows, int64_t block)
+/* Some rows against keys [low, high), low a multiple of the panel width; masks where a row's own range is narrower. */
+static void attend_keys(const dense_problem *p, const packed *kv, worker *w, int64_t pair, int64_t first, int64_t r, int64_t rows,
+                        int64_t low, int64_t high, int masked)
 {
     const attn_tile_kernels *kernels = p->kernels;
-    int64_t low = INT64_MAX, high = 0, inner_low = 0, inner_high = INT64_MAX, nr = kernels->nr;
-    for (int64_t i = r; i < r + rows; i++) {
-        if (w->begin[i] < w->end[i]) {
-            low = attn_min_i64(low, w->begin[i]);
-            high = attn_max_i64(high, w->end[i]);
-        }
-        inner_low = attn_max_i64(inner_low, w->begin[i]);
-        inner_high = attn_min_i64(inner_high, w->end[i]);
-    }
-    low = attn_max_i64(low, block);
-    high = attn_min_i64(high, block + DENSE_BLOCK_K);
-    if (low >= high) {
-        return;
-    }
-    low = block + (low - block) / nr * nr;
-    int64_t count = attn_ceil_div(high - low, nr) * nr, keys = attn_min_i64(count, p->m - low);
+    int64_t nr = kernels->nr, count = attn_ceil_div(high - low, kernels->vw) * kernels->vw;
+    int64_t b = pair / p->kv_heads, h0 = pair % p->kv_heads * p->group;
     kernels->product(rows, count, p->d, w->q + r * p->d, p->d, 1, kv->k + (pair * kv->m_pad + low) * p->d, nr, p->d * nr, w->s,
                      DENSE_BLOCK_K, 0);
-    int64_t b = pair / p->kv_heads, h0 = pair % p->kv_heads * p->group;
-    if (attn_dense_needs_adjust(p)) {
-        for (int64_t i = 0; i < rows; i++) {
-            int64_t at = first + r + i;
-            attn_dense_adjust(p, w->s + i * DENSE_BLOCK_K, b, h0 + at / p->n, at % p->n, low, count);
-        }
+    for (int64_t i = 0; i < rows && attn_dense_needs_adjust(p); i++) {
+        int64_t at = first + r + i;
+        attn_dense_adjust(p, w->s + i * DENSE_BLOCK_K, b, h0 + at / p->n, at % p->n, low, count);
     }
-    if (inner_low > low || inner_high < low + count) {
-        for (int64_t i = 0; i < rows; i++) {
-            attn_dense_mask_row(w->s + i * DENSE_BLOCK_K, low, count, w->begin[r + i], w->end[r + i]);
-        }
+    for (int64_t i = 0; i < rows && (masked || count > high - low); i++) {
+        attn_dense_mask_row(w->s + i * DENSE_BLOCK_K, low, count, w->begin[r + i], attn_min_i64(high, w->end[r + i]));
     }
     kernels->softmax(rows, w->s, DENSE_BLOCK_K, count, w->m + r, w->l + r, w->alpha);
     for (int64_t i = 0; i < rows; i++) {
@@ -387,7 +368,53 @@ static void attend_block(const dense_problem *p, const packed *kv, worker *w, in
                          ? kv->v + (pair * p->m + low) * p->dv_pad
                          : (const float *)(const void *)attn_dense_row(&p->in->v, b, pair % p->kv_heads, low);
     int64_t ldv = kv->v != NULL ? p->dv_pad : p->in->v.stride[2];
-    kernels->product(rows, p->dv_pad, keys, w->s, DENSE_BLOCK_K, 1, v, ldv, nr, w->o + r * p->dv_pad, p->dv_pad, 1);
+    kernels->product(rows, p->dv_pad, high - low, w->s, DENSE_BLOCK_K, 1, v, ldv, nr, w->o + r * p->dv_pad, p->dv_pad, 1);
+}
+
+/* The same at the edge of a mask: a tile's height at a time follows it more closely. */
+static void attend_edge(const dense_problem *p, const packed *kv, worker *w, int64_t pair, int64_t first, int64_t r, int64_t rows,
+                        int64_t low, int64_t high)
+{
+    int64_t height = p->kernels->mr, nr = p->kernels->nr;
+    for (int64_t i = r; i < r + rows; i += height) {
+        int64_t some = attn_min_i64(height, r + rows - i), from = high, to = low;
+        for (int64_t j = i; j < i + some; j++) {
+            if (w->begin[j] < w->end[j]) {
+                from = attn_min_i64(from, w->begin[j]);
+                to = attn_max_i64(to, w->end[j]);
+            }
+        }
+        from = low + (attn_max_i64(from, low) - low) / nr * nr;
+        to = attn_min_i64(to, high);
+        if (from < to) {
+            attend_keys(p, kv, w, pair, first, i, some, from, to, 1);
+        }
+    }
+}
+
+/* Rows against one block of keys: those that all of them see together, so many rows that a panel of keys or values serves several
+ * tiles while it is in L1, and the edges apart. */
+static void attend_block(const dense_problem *p, const packed *kv, worker *w, int64_t pair, int64_t first, int64_t r,
+                         int64_t rows, int64_t block)
+{
+    int64_t end = attn_min_i64(block + DENSE_BLOCK_K, p->m), all_low = block, all_high = end, nr = p->kernels->nr;
+    for (int64_t i = r; i < r + rows; i++) {
+        all_low = attn_max_i64(all_low, w->begin[i]);
+        all_high = attn_min_i64(all_high, w->end[i]);
+    }
+    all_low = block + attn_ceil_div(all_low - block, nr) * nr;
+    all_high = all_high >= end ? end : block + (attn_max_i64(all_high, block) - block) / nr * nr;
+    if (all_low >= all_high) {
+        attend_edge(p, kv, w, pair, first, r, rows, block, end);
+        return;
+    }
+    if (block < all_low) {
+        attend_edge(p, kv, w, pair, first, r, rows, block, all_low);
+    }
+    attend_keys(p, kv, w, pair, first, r, rows, all_low, all_high, 0);
+    if (all_high < end) {
+        attend_edge(p, kv, w, pair, first, r, rows, all_high, end);
+    }
 }
 
 static void store_results(const dense_problem *p, worker *w, int64_t pair, int64_t first, int64_t count, const attn_tensor *o,
@@ -411,7 +438,7 @@ static attn_status workers_create(const dense_problem *p, worker **workers, int 
     for (int t = 0; t < threads && made != NULL; t++) {
         worker *w = &made[t];
         w->q = attn_arena_array(arena, DENSE_BLOCK_Q, (size_t)p->d * sizeof(float));
-        w->s = attn_arena_array(arena, (size_t)p->kernels->mr * DENSE_BLOCK_K, sizeof(float));
+        w->s = attn_arena_array(arena, DENSE_ROWS * DENSE_BLOCK_K, sizeof(float));
         w->o = attn_arena_array(arena, DENSE_BLOCK_Q, (size_t)p->dv_pad * sizeof(float));
         w->m = attn_arena_array(arena, 3 * DENSE_BLOCK_Q, sizeof(float));
         w->rows = attn_arena_array(arena, PACK_ROWS, (size_t)attn_max_i64(p->d, p->dv) * sizeof(float));
@@ -454,8 +481,8 @@ static attn_status tiled(const dense_problem *p, const attn_tensor *o, const att
                 high = attn_max_i64(high, w->end[r]);
             }
             for (int64_t block = low / DENSE_BLOCK_K * DENSE_BLOCK_K; block < high; block += DENSE_BLOCK_K) {
-                for (int64_t r = 0; r < count; r += p->kernels->mr) {
-                    attend_block(p, &kv, w, pair, first, r, attn_min_i64(p->kernels->mr, count - r), block);
+                for (int64_t r = 0; r < count; r += DENSE_ROWS) {
+                    attend_block(p, &kv, w, pair, first, r, attn_min_i64(DENSE_ROWS, count - r), block);
                 }
             }
             store_results(p, w, pair, first, count, o, lse);

@@ -11,9 +11,10 @@
 #define ATTN_LN2 0.69314718055994530942
 
 /* Keys of a step of the online softmax. A multiple of every kernel's panel width. */
-#define DENSE_BLOCK_K 256
-/* Query rows that one task takes: a multiple of the kernels' tile heights. */
-#define DENSE_BLOCK_Q 96
+#define DENSE_BLOCK_K 512
+/* Query rows that one task takes, and those that go through a block of keys together: multiples of the kernels' tile heights. */
+#define DENSE_BLOCK_Q 192
+#define DENSE_ROWS 48
 
 typedef struct dense_problem {
     int64_t batch, heads, kv_heads, group, n, m, d, dv;

@@ -11,7 +11,7 @@
 #include <string.h>
 
 #define BLOCK_K 128
-#define BLOCK_Q DENSE_BLOCK_Q
+#define BLOCK_Q 96 /* a multiple of the kernels' tile heights */
 #define ENOUGH_TASKS 8
 
 typedef struct backward {
