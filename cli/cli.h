@@ -35,6 +35,7 @@ int cli_describe(int argc, char **argv);
 int cli_info(int argc, char **argv);
 int cli_list(int argc, char **argv);
 int cli_plan(int argc, char **argv);
+int cli_needle(int argc, char **argv);
 int cli_perplexity(int argc, char **argv);
 int cli_run(int argc, char **argv);
 int cli_tokenize(int argc, char **argv);
