@@ -4,6 +4,7 @@
 #include <stdarg.h>
 #include <stdlib.h>
 #include <string.h>
+#include <unistd.h>
 
 /* In the order in which `attn --help` shows them. */
 static const cli_command commands[] = {
@@ -88,8 +89,19 @@ static void print_help(FILE *out)
           out);
 }
 
+/* OpenMP threads wait for each other by spinning for milliseconds before they sleep, which is ruinous where other programs want the
+ * processors too (a language model was 4 times slower beside another one), and gains little. The runtime reads its settings before
+ * main(), hence the new start. OMP_WAIT_POLICY or GOMP_SPINCOUNT in the environment overrule this. */
+static void wait_briefly(char **argv)
+{
+    if (getenv("OMP_WAIT_POLICY") == NULL && getenv("GOMP_SPINCOUNT") == NULL && setenv("GOMP_SPINCOUNT", "500", 0) == 0) {
+        execv("/proc/self/exe", argv);
+    }
+}
+
 int main(int argc, char **argv)
 {
+    wait_briefly(argv);
     if (argc < 2) {
         print_help(stderr);
         return 2;

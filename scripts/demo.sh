@@ -59,3 +59,6 @@ say "Question:  $ASK"
 say ""
 say "Exact attention:"
 "$attn" run "$MODEL" --chat -f "$DOC" -p "$ASK" -n "${TOKENS:-80}" --stats
+say ""
+say "The same with sparse attention while reading (flexprefill, arXiv:2502.20766):"
+"$attn" run "$MODEL" --chat -f "$DOC" -p "$ASK" -n "${TOKENS:-80}" --stats --attention "${SPARSE:-flexprefill:gamma=0.8,min_budget=256}"
