@@ -116,29 +116,13 @@ static void print_markdown(const attn_op_info *info)
     printf("\n");
 }
 
-static void print_json_string(const char *text)
-{
-    putchar('"');
-    for (; text != NULL && *text != '\0'; text++) {
-        unsigned char c = (unsigned char)*text;
-        if (c == '"' || c == '\\') {
-            printf("\\%c", c);
-        } else if (c < 0x20) {
-            printf("\\u%04x", c);
-        } else {
-            putchar(c);
-        }
-    }
-    putchar('"');
-}
-
 static void print_json_field(const char *key, const char *value, const char *after)
 {
     printf("\"%s\": ", key);
     if (value == NULL) {
         printf("null");
     } else {
-        print_json_string(value);
+        cli_print_json_text(value);
     }
     fputs(after, stdout);
 }

@@ -78,6 +78,22 @@ void cli_text_add(cli_text *text, const char *format, ...)
     text->length += more;
 }
 
+void cli_print_json_text(const char *text)
+{
+    putchar('"');
+    for (; text != NULL && *text != '\0'; text++) {
+        unsigned char c = (unsigned char)*text;
+        if (c == '"' || c == '\\') {
+            printf("\\%c", c);
+        } else if (c < 0x20) {
+            printf("\\u%04x", c);
+        } else {
+            putchar(c);
+        }
+    }
+    putchar('"');
+}
+
 static void print_help(FILE *out)
 {
     fprintf(out, "attn %s: attention on CPUs\n\nUsage: attn COMMAND [ARGUMENT...]\n\nCommands:\n", attn_version());

@@ -163,27 +163,11 @@ static void print_stats(const session *s, const run_stats *r)
             (double)r->generation.cache_bytes * 1e-6, (double)peak_memory() * 1e-6);
 }
 
-static void print_json_text(const char *text, size_t length)
-{
-    putchar('"');
-    for (size_t i = 0; i < length; i++) {
-        unsigned char c = (unsigned char)text[i];
-        if (c == '"' || c == '\\') {
-            printf("\\%c", c);
-        } else if (c < 0x20) {
-            printf("\\u%04x", c);
-        } else {
-            putchar(c);
-        }
-    }
-    putchar('"');
-}
-
 static void print_json(const session *s, const run_stats *r, const cli_text *answer)
 {
     double peak = attn_machine_peak_flops((int)s->threads);
     printf("{\"text\": ");
-    print_json_text(answer->data != NULL ? answer->data : "", answer->length);
+    cli_print_json_text(answer->data != NULL ? answer->data : "");
     printf(", \"prompt_tokens\": %lld, \"prompt_seconds\": %.6f, \"first_token_seconds\": %.6f, \"generated_tokens\": %lld, "
            "\"generate_seconds\": %.6f, \"prompt_attention_seconds\": %.6f, \"prompt_attention_flops\": %.6g, "
            "\"generate_attention_seconds\": %.6f, \"peak_flops_per_second\": %.6g, \"cache_bytes\": %zu, \"cache_peak_bytes\": %zu, "

@@ -36,6 +36,10 @@ void *attn_realloc(void *memory, size_t old_bytes, size_t new_bytes);
 void attn_free(void *memory);
 char *attn_strdup(const char *text);
 
+/* Map a regular file of at least `least` bytes for reading; `kind` names the format in messages. */
+attn_status attn_map_file(const char *path, const char *kind, size_t least, void **map, size_t *bytes);
+void attn_unmap_file(void *map, size_t bytes); /* NULL is ignored */
+
 /* A position in an arena; release frees everything allocated after the mark. */
 typedef struct attn_arena_mark {
     void *block;

@@ -6,13 +6,8 @@
 #include "core/internal.h"
 #include "tensor/half.h"
 
-#include <errno.h>
-#include <fcntl.h>
 #include <stdlib.h>
 #include <string.h>
-#include <sys/mman.h>
-#include <sys/stat.h>
-#include <unistd.h>
 
 #define DEFAULT_ALIGNMENT 32
 #define NAME_LIMIT 65536 /* bytes of a key or of a tensor's name */
@@ -404,33 +399,17 @@ attn_status attn_gguf_open_memory(attn_gguf **file, const void *data, size_t byt
 
 attn_status attn_gguf_open(attn_gguf **file, const char *path)
 {
+    void *map;
+    size_t bytes;
     *file = NULL;
-    int descriptor = open(path, O_RDONLY | O_CLOEXEC);
-    struct stat info;
-    if (descriptor < 0 || fstat(descriptor, &info) != 0) {
-        attn_status status = attn_fail(ATTN_ERR_IO, "cannot open '%s': %s", path, strerror(errno));
-        if (descriptor >= 0) {
-            close(descriptor);
-        }
-        return status;
-    }
-    if (!S_ISREG(info.st_mode) || info.st_size < 24) {
-        close(descriptor);
-        return attn_fail(ATTN_ERR_FORMAT, "'%s' is not a GGUF file", path);
-    }
-    void *map = mmap(NULL, (size_t)info.st_size, PROT_READ, MAP_PRIVATE, descriptor, 0);
-    int error = errno;
-    close(descriptor);
-    if (map == MAP_FAILED) {
-        return attn_fail(ATTN_ERR_IO, "cannot map '%s': %s", path, strerror(error));
-    }
-    attn_status status = attn_gguf_open_memory(file, map, (size_t)info.st_size);
+    ATTN_TRY(attn_map_file(path, "GGUF", 24, &map, &bytes));
+    attn_status status = attn_gguf_open_memory(file, map, bytes);
     if (status != ATTN_OK) {
-        munmap(map, (size_t)info.st_size);
+        attn_unmap_file(map, bytes);
         return attn_fail(status, "'%s': %s", path, attn_last_error());
     }
     (*file)->map = map;
-    (*file)->map_bytes = (size_t)info.st_size;
+    (*file)->map_bytes = bytes;
     return ATTN_OK;
 }
 
@@ -444,9 +423,7 @@ void attn_gguf_close(attn_gguf *file)
     attn_free(file->tensors_by_name);
     attn_free(file->tensors);
     attn_arena_destroy(file->names);
-    if (file->map != NULL) {
-        munmap(file->map, file->map_bytes);
-    }
+    attn_unmap_file(file->map, file->map_bytes);
     attn_free(file);
 }
 

@@ -5,13 +5,9 @@
 
 #include <cjson/cJSON.h>
 #include <errno.h>
-#include <fcntl.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
-#include <sys/mman.h>
-#include <sys/stat.h>
-#include <unistd.h>
 
 #define HEADER_LIMIT (100u << 20) /* as the reference implementation */
 #define TENSOR_LIMIT (1 << 20)
@@ -228,32 +224,17 @@ attn_status attn_safetensors_open_memory(attn_safetensors **file, const void *da
 
 attn_status attn_safetensors_open(attn_safetensors **file, const char *path)
 {
+    void *map;
+    size_t bytes;
     *file = NULL;
-    int descriptor = open(path, O_RDONLY | O_CLOEXEC);
-    struct stat info;
-    if (descriptor < 0 || fstat(descriptor, &info) != 0) {
-        attn_status status = attn_fail(ATTN_ERR_IO, "cannot open '%s': %s", path, strerror(errno));
-        if (descriptor >= 0) {
-            close(descriptor);
-        }
-        return status;
-    }
-    if (!S_ISREG(info.st_mode) || info.st_size < 8) {
-        close(descriptor);
-        return attn_fail(ATTN_ERR_FORMAT, "'%s' is not a safetensors file", path);
-    }
-    void *map = mmap(NULL, (size_t)info.st_size, PROT_READ, MAP_PRIVATE, descriptor, 0);
-    close(descriptor);
-    if (map == MAP_FAILED) {
-        return attn_fail(ATTN_ERR_IO, "cannot map '%s': %s", path, strerror(errno));
-    }
-    attn_status status = attn_safetensors_open_memory(file, map, (size_t)info.st_size);
+    ATTN_TRY(attn_map_file(path, "safetensors", 8, &map, &bytes));
+    attn_status status = attn_safetensors_open_memory(file, map, bytes);
     if (status != ATTN_OK) {
-        munmap(map, (size_t)info.st_size);
+        attn_unmap_file(map, bytes);
         return attn_fail(status, "'%s': %s", path, attn_last_error());
     }
     (*file)->map = map;
-    (*file)->map_bytes = (size_t)info.st_size;
+    (*file)->map_bytes = bytes;
     return ATTN_OK;
 }
 
@@ -267,9 +248,7 @@ void attn_safetensors_close(attn_safetensors *file)
     }
     attn_free(file->entries);
     cJSON_Delete(file->header);
-    if (file->map != NULL) {
-        munmap(file->map, file->map_bytes);
-    }
+    attn_unmap_file(file->map, file->map_bytes);
     attn_free(file);
 }
 
