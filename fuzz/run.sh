@@ -7,7 +7,7 @@ seconds=${1:-60}
 shift || true
 build=build-fuzz
 if [ ! -f $build/build.ninja ]; then
-    CC=clang meson setup $build -Dfuzz=true -Dbuildtype=debugoptimized -Db_sanitize=address,undefined -Db_lundef=false \
+    CC=clang meson setup $build -Dfuzz=true -Dtests=disabled -Dbuildtype=debugoptimized -Db_sanitize=address,undefined -Db_lundef=false \
         -Dwerror=false -Dc_args=-fsanitize=fuzzer-no-link >$build.log 2>&1 || { cat $build.log; exit 1; }
 fi
 ninja -C $build >$build.log 2>&1 || { tail -n 30 $build.log; exit 1; }

@@ -1,5 +1,8 @@
 #include "kernel/dispatch.h"
 
+#if defined(__x86_64__)
+#include <cpuid.h>
+#endif
 #include <stdatomic.h>
 #include <stdlib.h>
 #include <string.h>
@@ -10,6 +13,15 @@ static const char *const names[] = {"scalar", "neon", "avx2", "avx512", "avx512v
 
 const char *attn_isa_name(attn_isa isa) { return names[isa]; }
 
+#if defined(__x86_64__)
+/* Not every compiler's __builtin_cpu_supports() knows it: bit 29 of ecx of leaf 1. */
+static int has_f16c(void)
+{
+    unsigned a, b, c, d;
+    return __get_cpuid(1, &a, &b, &c, &d) && (c >> 29 & 1);
+}
+#endif
+
 int attn_isa_available(attn_isa isa)
 {
     switch (isa) {
@@ -19,7 +31,7 @@ int attn_isa_available(attn_isa isa)
 #endif
 #if defined(__x86_64__)
     case ATTN_ISA_LEVEL_AVX2:
-        return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+        return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && has_f16c();
     case ATTN_ISA_LEVEL_AVX512:
         return attn_isa_available(ATTN_ISA_LEVEL_AVX2) && __builtin_cpu_supports("avx512f") &&
                __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
