@@ -393,6 +393,50 @@ static void test_long_decode(void **state)
     for_each_isa(run_long_decode);
 }
 
+/* The strongest key of each query; a key that is repeated later, whose first place counts. */
+static void run_top(attn_random *random)
+{
+    for (int i = 0; i < 4; i++) {
+        problem p = {.b = 2, .h = 6, .hkv = 2, .n = 1 + i % 3, .m = 2500, .d = 24, .dv = 16};
+        problem_make(&p, random, i == 1 ? CAUSAL | WITH_WINDOW : CAUSAL, ATTN_F32, i == 2 ? ATTN_F16 : ATTN_F32, i == 3);
+        size_t size = attn_dtype_size(p.in.k.dtype), row = size * (size_t)p.in.k.stride[2];
+        memcpy((char *)p.in.k.data + 2000 * row, (char *)p.in.k.data + 1100 * row, 100 * row);
+        int64_t *top = keep(&p, (size_t)(p.b * p.h * p.n) * sizeof *top);
+        attn_tensor view = attn_tensor_make(top, ATTN_I64, 3, (int64_t[]){p.b, p.h, p.n});
+        attn_tensor o = attn_tensor_make(keep(&p, (size_t)(p.b * p.h * p.n * p.dv) * 4), ATTN_F32, 4,
+                                         (int64_t[]){p.b, p.h, p.n, p.dv});
+        if (attn_dense_forward_top(&p.settings, &p.in, &o, NULL, &view, &(attn_exec){.threads = 1 + i}) != ATTN_OK) {
+            fail_msg("%s", attn_last_error());
+        }
+        for (int64_t at = 0; at < p.b * p.h * p.n; at++) {
+            int64_t b = at / (p.h * p.n), h = at / p.n % p.h, n = at % p.n, pos = n + p.m - p.n;
+            double best = -INFINITY, got = -INFINITY;
+            for (int64_t j = 0; j <= pos; j++) {
+                int64_t left = p.settings.window[0];
+                double score = 0;
+                for (int64_t c = 0; c < p.d && (left < 0 || j >= pos - left); c++) {
+                    score += AT4(&p.in.q, b, h, n, c) * AT4(&p.in.k, b, h / 3, j, c);
+                }
+                if (left >= 0 && j < pos - left) {
+                    continue;
+                }
+                best = score > best ? score : best;
+                got = j == top[at] ? score : got;
+            }
+            if (best - got > 1e-5 || (top[at] >= 2000 && top[at] < 2100 && i != 1 && b == 0 && h < 3)) {
+                fail_msg("problem %d, query %lld: key %lld has score %g, the largest is %g", i, (long long)at, (long long)top[at], got, best);
+            }
+        }
+        problem_free(&p);
+    }
+}
+
+static void test_top(void **state)
+{
+    (void)state;
+    for_each_isa(run_top);
+}
+
 /* Some queries with a window at the end of a long cache: most keys are not looked at. */
 static void run_window_of_cache(attn_random *random)
 {
@@ -531,6 +575,8 @@ static void test_errors(void **state)
     in.key_length = &lengths;
     expect(attn_dense_forward(&settings, &in, &o, NULL, NULL), ATTN_ERR_ARGUMENT, "key_length[0] = 9, expected 0 ... M = 2");
     in.key_length = NULL;
+    attn_tensor top = attn_tensor_make(data, ATTN_F32, 3, (int64_t[]){1, 2, 2});
+    expect(attn_dense_forward_top(&settings, &in, &o, NULL, &top, NULL), ATTN_ERR_DTYPE, "top has data type f32, expected i64");
     o.dtype = ATTN_I64;
     expect(attn_dense_forward(&settings, &in, &o, NULL, NULL), ATTN_ERR_DTYPE, "o has data type i64");
     o = four;
@@ -544,6 +590,7 @@ int main(void)
         cmocka_unit_test(test_random_problems),  cmocka_unit_test(test_widths), cmocka_unit_test(test_long_decode),
         cmocka_unit_test(test_thread_count_does_not_matter), cmocka_unit_test(test_large_scores),
         cmocka_unit_test(test_empty),            cmocka_unit_test(test_errors), cmocka_unit_test(test_window_of_cache),
+        cmocka_unit_test(test_top),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }

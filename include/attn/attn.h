@@ -2,8 +2,9 @@
 #ifndef ATTN_ATTN_H
 #define ATTN_ATTN_H
 
-#include <attn/gguf.h>
 #include <attn/dense.h>
+#include <attn/gguf.h>
+#include <attn/heads.h>
 #include <attn/machine.h>
 #include <attn/memory.h>
 #include <attn/model.h>

@@ -44,6 +44,12 @@ typedef struct attn_dense_inputs {
 ATTN_API attn_status attn_dense_forward(const attn_dense_settings *settings, const attn_dense_inputs *inputs,
                                         const attn_tensor *o, const attn_tensor *lse, const attn_exec *exec);
 
+/* The same for few queries, which also tells the key with the largest score of each query: top [B,H,N] i64, the first one on ties, -1 for a
+ * query that sees no key (NULL: not wanted). ATTN_ERR_UNSUPPORTED when N * H/Hkv is more than 16. */
+ATTN_API attn_status attn_dense_forward_top(const attn_dense_settings *settings, const attn_dense_inputs *inputs,
+                                            const attn_tensor *o, const attn_tensor *lse, const attn_tensor *top,
+                                            const attn_exec *exec);
+
 /* Where the gradients go: f32, of the shape of their input, overwritten; NULL: not wanted. */
 typedef struct attn_dense_gradients {
     const attn_tensor *q, *k, *v, *bias, *slopes, *sinks;

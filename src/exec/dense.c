@@ -491,12 +491,35 @@ static attn_status tiled(const dense_problem *p, const attn_tensor *o, const att
     return ATTN_OK;
 }
 
+static attn_status check_top(dense_problem *p, const attn_tensor *top)
+{
+    p->top = top;
+    if (top == NULL) {
+        return ATTN_OK;
+    }
+    ATTN_TRY(attn_dense_check_tensor("top", top, "[B,H,N]", 3, (int64_t[]){p->batch, p->heads, p->n}, 0));
+    if (top->dtype != ATTN_I64) {
+        return attn_fail(ATTN_ERR_DTYPE, "top has data type %s, expected i64", attn_dtype_name(top->dtype));
+    }
+    return attn_dense_is_decode(p) ? ATTN_OK
+                                   : attn_fail(ATTN_ERR_UNSUPPORTED, "top needs N * H/Hkv of at most 16 and rows of k and v that "
+                                                                     "are contiguous, N * H/Hkv is %lld",
+                                               (long long)(p->group * p->n));
+}
+
 attn_status attn_dense_forward(const attn_dense_settings *settings, const attn_dense_inputs *inputs, const attn_tensor *o,
                                const attn_tensor *lse, const attn_exec *exec)
+{
+    return attn_dense_forward_top(settings, inputs, o, lse, NULL, exec);
+}
+
+attn_status attn_dense_forward_top(const attn_dense_settings *settings, const attn_dense_inputs *inputs, const attn_tensor *o,
+                                   const attn_tensor *lse, const attn_tensor *top, const attn_exec *exec)
 {
     dense_problem p;
     attn_scratch scratch;
     ATTN_TRY(attn_dense_check(&p, settings, inputs));
+    ATTN_TRY(check_top(&p, top));
     ATTN_TRY(attn_dense_check_tensor("o", o, "[B,H,N,Dv]", 4, (int64_t[]){p.batch, p.heads, p.n, p.dv}, 1));
     if (lse != NULL) {
         ATTN_TRY(attn_dense_check_f32("lse", lse, "[B,H,N]", 3, (int64_t[]){p.batch, p.heads, p.n}));

@@ -16,9 +16,10 @@ int attn_dense_is_decode(const dense_problem *p)
     return p->group * p->n <= MOST_ROWS && (k->stride[3] == 1 || p->d == 1) && (v->stride[3] == 1 || p->dv == 1);
 }
 
-/* One part of one key/value head: o [rows][dv_pad] not normalised, m and l in base 2. */
+/* One part of one key/value head: o [rows][dv_pad] not normalised, m and l in base 2; top: the key of the largest score. */
 typedef struct part_state {
     float *o, *m, *l;
+    int64_t *top;
 } part_state;
 
 /* int8 only: the scales of some keys, or of their values. */
@@ -26,6 +27,20 @@ static void load_scales(float *to, const attn_tensor *scales, int64_t b, int64_t
 {
     for (int64_t j = 0; j < keys && scales != NULL; j++) {
         to[j] = attn_dense_row_scale(scales, b, kv, first + j);
+    }
+}
+
+/* Where a step raised a row's maximum, its first key with that score. */
+static void find_top(part_state *state, const float *before, const float *scores, int64_t rows, int64_t first)
+{
+    for (int64_t r = 0; r < rows; r++) {
+        if (state->m[r] > before[r]) {
+            int64_t j = 0;
+            while (scores[r * STEP + j] != state->m[r]) {
+                j++;
+            }
+            state->top[r] = first + j;
+        }
     }
 }
 
@@ -50,7 +65,15 @@ static void attend_step(const dense_problem *p, const float *q, float *s, part_s
         attn_dense_visible(p, b, n, &begin, &end);
         attn_dense_mask_row(row, first, count, begin, attn_min_i64(end, first + keys));
     }
-    kernels->softmax(rows, s, STEP, count, state->m, state->l, alpha);
+    if (state->top != NULL) {
+        float before[MOST_ROWS], scores[MOST_ROWS * STEP];
+        memcpy(before, state->m, (size_t)rows * sizeof *before);
+        memcpy(scores, s, (size_t)(rows * STEP) * sizeof *scores);
+        kernels->softmax(rows, s, STEP, count, state->m, state->l, alpha);
+        find_top(state, before, scores, rows, first);
+    } else {
+        kernels->softmax(rows, s, STEP, count, state->m, state->l, alpha);
+    }
     load_scales(scale, p->in->v_scale, b, kv, first, keys);
     for (int64_t r = 0; r < rows; r++) {
         if (alpha[r] != 1.0f) {
@@ -87,6 +110,20 @@ static void merge_row(const dense_problem *p, const part_state *parts, int64_t c
     *lse = sum == 0 ? -INFINITY : ((double)shift + log2(sum)) * ATTN_LN2;
 }
 
+/* The key of the largest score of all parts, the first one on ties; -1 when the row sees none. */
+static int64_t merge_top(const part_state *parts, int64_t count, int64_t row)
+{
+    int64_t top = -1;
+    float score = -INFINITY;
+    for (int64_t i = 0; i < count; i++) {
+        if (parts[i].m[row] > score) {
+            score = parts[i].m[row];
+            top = parts[i].top[row];
+        }
+    }
+    return top;
+}
+
 attn_status attn_dense_decode(const dense_problem *p, const attn_tensor *o, const attn_tensor *lse, attn_arena *arena, int threads)
 {
     int64_t pairs = p->batch * p->kv_heads, rows = p->group * p->n, parts = attn_ceil_div(p->m, PART);
@@ -95,7 +132,8 @@ attn_status attn_dense_decode(const dense_problem *p, const attn_tensor *o, cons
     float *q = attn_arena_array(arena, (size_t)(pairs * rows), (size_t)p->d * sizeof(float));
     float *scores = attn_arena_array(arena, (size_t)threads, MOST_ROWS * STEP * sizeof(float));
     float *results = attn_arena_array(arena, (size_t)threads, (size_t)p->dv_pad * sizeof(float));
-    if (states == NULL || memory == NULL || q == NULL || scores == NULL || results == NULL) {
+    int64_t *tops = p->top != NULL ? attn_arena_array(arena, (size_t)(pairs * parts * rows), sizeof *tops) : NULL;
+    if ((p->top != NULL && tops == NULL) || states == NULL || memory == NULL || q == NULL || scores == NULL || results == NULL) {
         return attn_fail_memory((size_t)(pairs * parts * rows * p->dv_pad) * sizeof(float));
     }
     float factor = (float)(p->base2 ? p->scale * ATTN_LOG2E : p->scale);
@@ -115,7 +153,7 @@ attn_status attn_dense_decode(const dense_problem *p, const attn_tensor *o, cons
             int64_t pair = i / parts, b = pair / p->kv_heads, kv = pair % p->kv_heads, low, high, unused;
             part_state *state = &states[i];
             float *own = memory + i * rows * (p->dv_pad + 2);
-            *state = (part_state){own, own + rows * p->dv_pad, own + rows * (p->dv_pad + 1)};
+            *state = (part_state){own, own + rows * p->dv_pad, own + rows * (p->dv_pad + 1), tops != NULL ? tops + i * rows : NULL};
             memset(state->o, 0, (size_t)(rows * p->dv_pad) * sizeof(float));
             for (int64_t r = 0; r < rows; r++) {
                 state->m[r] = -INFINITY;
@@ -137,6 +175,10 @@ attn_status attn_dense_decode(const dense_problem *p, const attn_tensor *o, cons
             attn_dense_store_row(o, b, h, r % p->n, result, p->dv);
             if (lse != NULL) {
                 ((float *)lse->data)[b * lse->stride[0] + h * lse->stride[1] + r % p->n * lse->stride[2]] = (float)sum;
+            }
+            if (p->top != NULL) {
+                ((int64_t *)p->top->data)[b * p->top->stride[0] + h * p->top->stride[1] + r % p->n * p->top->stride[2]] =
+                    merge_top(states + pair * parts, parts, r);
             }
         }
     }

@@ -2,7 +2,7 @@
 #include <attn/dense.h>
 #include <attn/model.h>
 
-#include "core/internal.h"
+#include "llm/context.h"
 
 /* Heads begin ... begin + heads - 1 of a view [heads, length, ...], as a batch of one with `length` keys. */
 static attn_tensor head_range(const attn_tensor *view, int64_t begin, int64_t heads, int64_t length)
@@ -22,6 +22,11 @@ static attn_tensor head_range(const attn_tensor *view, int64_t begin, int64_t he
 }
 
 attn_status attn_llm_exact(const attn_llm_call *call, int64_t kv_begin, int64_t kv_end)
+{
+    return attn_llm_exact_top(call, kv_begin, kv_end, NULL);
+}
+
+attn_status attn_llm_exact_top(const attn_llm_call *call, int64_t kv_begin, int64_t kv_end, int64_t *top)
 {
     attn_dense_settings settings;
     attn_dense_defaults(&settings);
@@ -47,7 +52,9 @@ attn_status attn_llm_exact(const attn_llm_call *call, int64_t kv_begin, int64_t 
             in.k_scale = &k_scale;
             in.v_scale = &v_scale;
         }
-        ATTN_TRY(attn_dense_forward(&settings, &in, &o, NULL, &call->exec));
+        attn_tensor top_view = attn_tensor_make(top != NULL ? top + begin * group : NULL, ATTN_I64, 3,
+                                                (int64_t[]){1, (end - begin) * group, n});
+        ATTN_TRY(attn_dense_forward_top(&settings, &in, &o, NULL, top != NULL ? &top_view : NULL, &call->exec));
     }
     return ATTN_OK;
 }

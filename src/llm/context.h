@@ -27,6 +27,8 @@ void attn_kv_advance(attn_kv *kv, int64_t n, int64_t position);
 attn_status attn_kv_truncate(attn_kv *kv, int64_t length, int64_t seen, int only_check);
 attn_status attn_kv_keep(attn_kv *kv, int64_t head, const int64_t *indices, int64_t count, int64_t seen);
 attn_status attn_kv_copy(attn_kv *to, const attn_kv *from);
+/* attn_llm_exact(), which also tells the index of each query's strongest key of those held, top [heads][N], for few queries. */
+attn_status attn_llm_exact_top(const attn_llm_call *call, int64_t kv_begin, int64_t kv_end, int64_t *top);
 size_t attn_kv_bytes(const attn_kv *kv); /* of the keys and values that it holds */
 
 #endif
