@@ -35,6 +35,7 @@ int cli_apply(int argc, char **argv);
 int cli_bench(int argc, char **argv);
 int cli_check(int argc, char **argv);
 int cli_describe(int argc, char **argv);
+int cli_heads(int argc, char **argv);
 int cli_info(int argc, char **argv);
 int cli_list(int argc, char **argv);
 int cli_plan(int argc, char **argv);

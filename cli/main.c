@@ -11,6 +11,7 @@ static const cli_command commands[] = {
     {"run", cli_run, "generate text or chat with a language model (GGUF)"},
     {"perplexity", cli_perplexity, "how well a model predicts a text, also with sparse attention"},
     {"needle", cli_needle, "whether a model finds a sentence hidden in a long text"},
+    {"heads", cli_heads, "which heads of a model copy from the context, and what it loses without them"},
     {"tokenize", cli_tokenize, "token ids of a text"},
     {"info", cli_info, "what a model file holds"},
     {"list", cli_list, "the mechanisms"},

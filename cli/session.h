@@ -19,19 +19,23 @@ typedef struct session {
 
 /* The options of all such commands, for getopt_long tables and help texts. Their values start at SESSION_OPTION. */
 #define SESSION_OPTION 1000
-#define SESSION_OPTIONS                                                                                                \
+#define SESSION_MODEL_OPTIONS                                                                                          \
     {"ctx", required_argument, NULL, SESSION_OPTION}, {"threads", required_argument, NULL, SESSION_OPTION + 1},        \
-        {"cache", required_argument, NULL, SESSION_OPTION + 2}, {"attention", required_argument, NULL, SESSION_OPTION + 3}, \
-        {"decode-attention", required_argument, NULL, SESSION_OPTION + 4},                                             \
-        {"policy", required_argument, NULL, SESSION_OPTION + 5}, {"chunk", required_argument, NULL, SESSION_OPTION + 6}
-#define SESSION_HELP                                                                                                   \
+        {"cache", required_argument, NULL, SESSION_OPTION + 2}, {"chunk", required_argument, NULL, SESSION_OPTION + 6}
+#define SESSION_MODEL_HELP                                                                                             \
     "  --ctx N                  tokens that fit (default: what the model was made for, at most 32768)\n"               \
     "  --threads N              threads to use (default: all)\n"                                                       \
     "  --cache TYPE             keys and values in f32, f16 (default), bf16 or i8\n"                                   \
+    "  --chunk N                tokens of the prompt read together (default: 512)\n"
+/* With the choice of attention mechanisms. */
+#define SESSION_OPTIONS                                                                                                \
+    SESSION_MODEL_OPTIONS, {"attention", required_argument, NULL, SESSION_OPTION + 3},                                 \
+        {"decode-attention", required_argument, NULL, SESSION_OPTION + 4}, {"policy", required_argument, NULL, SESSION_OPTION + 5}
+#define SESSION_HELP                                                                                                   \
+    SESSION_MODEL_HELP                                                                                                 \
     "  --attention SPEC         mechanism while reading the prompt, name:key=value,... (default: dense)\n"             \
     "  --decode-attention SPEC  mechanism while generating (default: dense); with streaming the cache forgets\n"       \
-    "  --policy FILE            both, per layer and head, from a JSON file\n"                                          \
-    "  --chunk N                tokens of the prompt read together (default: 512)\n"
+    "  --policy FILE            both, per layer and head, from a JSON file\n"
 
 /* Take one of the options above; 0 and a message when its value is wrong. */
 int session_option(const char *command, session_options *options, int option, const char *value);
