@@ -116,7 +116,8 @@ static attn_status fill(attn_plan *plan, const header *head, const uint8_t *from
     plan->rows_done = plan->lists * y->rows;
     plan->column = attn_calloc_array((size_t)head->entries + 1, sizeof *plan->column);
     plan->mask = attn_calloc_array((size_t)head->entries + 1, sizeof *plan->mask);
-    plan->bits = attn_calloc_array((size_t)head->bitmaps + 1, (size_t)y->bitmap_bytes);
+    /* Not one bitmap more than the file holds: blocks may be huge. */
+    plan->bits = attn_calloc_array((size_t)(head->bitmaps * y->bitmap_bytes) + 1, 1);
     if (plan->column == NULL || plan->mask == NULL || plan->bits == NULL) {
         return attn_fail_memory(bytes);
     }
@@ -181,6 +182,9 @@ attn_status attn_plan_load_memory(attn_plan **out, const void *data, size_t byte
         for (int i = 0; i < 5; i++) {
             found = checksum(found, sections[i].data, sections[i].bytes);
         }
+#ifdef FUZZING_BUILD_MODE_UNSAFE_FOR_PRODUCTION
+        found = sum; /* which mutations would never get right */
+#endif
         if (found != sum) {
             status = attn_fail(ATTN_ERR_FORMAT, "plan: the checksum does not match");
         }
