@@ -26,6 +26,9 @@
     X(dsf_s6_layer)                \
     X(dsf_scan)                    \
     X(flexprefill)                 \
+    X(halo)                        \
+    X(halo_layer)                  \
+    X(halo_rel_logits)             \
     X(lightning)                   \
     X(lightning_decode)            \
     X(lightning_slopes)            \
