@@ -60,6 +60,13 @@
     X(softpag_hunt)                \
     X(softpag_select)              \
     X(streaming)                   \
+    X(tnl)                         \
+    X(tnl_attention)               \
+    X(tnl_decode)                  \
+    X(tnl_lrpe)                    \
+    X(tnl_model)                   \
+    X(tnl_sglu)                    \
+    X(tnl_srmsnorm)                \
     X(topk)                        \
     X(topk_blocks)
 
