@@ -1,6 +1,7 @@
 /* Mechanisms on linear attention: gradients against differences, threads. */
 #include "opcheck.h"
 
+#include <math.h>
 #include <setjmp.h>
 #include <stdarg.h>
 #include <stddef.h>
@@ -70,8 +71,84 @@ static void tnl_errors(void **unused)
     opcheck_fails(&model, ATTN_ERR_ARGUMENT, "expected 0 ... 4");
 }
 
+static void flow(void **unused)
+{
+    (void)unused;
+    opcheck_case normal = {.spec = "flow:clamp=0,eps=1e-3", .seed = 5};
+    opcheck_input(&normal, "q", SHAPE(2, 4, 20, 5));
+    opcheck_input(&normal, "k", SHAPE(2, 2, 33, 5));
+    opcheck_input(&normal, "v", SHAPE(2, 2, 33, 6));
+    opcheck_run(&normal, 1e-2);
+    opcheck_case causal = {.spec = "flow:clamp=5,causal=true", .seed = 6};
+    opcheck_input(&causal, "q", SHAPE(1, 2, 90, 5));
+    opcheck_input(&causal, "k", SHAPE(1, 2, 90, 5));
+    opcheck_input(&causal, "v", SHAPE(1, 2, 90, 6));
+    opcheck_run(&causal, 1e-2);
+    opcheck_case layer = {.spec = "flow.layer:heads=2,clamp=0", .seed = 7};
+    opcheck_input(&layer, "x", SHAPE(2, 8, 5));
+    opcheck_input(&layer, "memory", SHAPE(2, 11, 5));
+    opcheck_input(&layer, "w_q", SHAPE(6, 5));
+    opcheck_input(&layer, "w_k", SHAPE(6, 5));
+    opcheck_input(&layer, "w_v", SHAPE(6, 5));
+    opcheck_input(&layer, "w_o", SHAPE(4, 6));
+    opcheck_input(&layer, "b_k", SHAPE(6));
+    opcheck_run(&layer, 1e-2);
+}
+
+/* Exact identities of the flows with eps = 0: competition is 1 on average, and so is what allocation is the sigmoid of. */
+static void flow_conservation(void **unused)
+{
+    (void)unused;
+    enum { N = 50, M = 80, D = 8 };
+    static float q[N * D], k[M * D], v[M * D], o[N * D], competition[M], allocation[N];
+    for (int i = 0; i < M * D; i++) {
+        k[i] = (float)((i * 37 + 11) % 101) / 25 - 2;
+        v[i] = (float)((i * 53 + 7) % 97) / 25 - 2;
+        q[i % (N * D)] = (float)((i * 71 + 3) % 89) / 25 - 2;
+    }
+    attn_op *op;
+    assert_int_equal(attn_op_create(&op, "flow:eps=0,clamp=0"), ATTN_OK);
+    attn_named_tensor in[] = {{"q", attn_tensor_make(q, ATTN_F32, 4, (int64_t[]){1, 1, N, D})},
+                              {"k", attn_tensor_make(k, ATTN_F32, 4, (int64_t[]){1, 1, M, D})},
+                              {"v", attn_tensor_make(v, ATTN_F32, 4, (int64_t[]){1, 1, M, D})}};
+    attn_named_tensor out[] = {{"o", attn_tensor_make(o, ATTN_F32, 4, (int64_t[]){1, 1, N, D})},
+                               {"competition", attn_tensor_make(competition, ATTN_F32, 3, (int64_t[]){1, 1, M})},
+                               {"allocation", attn_tensor_make(allocation, ATTN_F32, 3, (int64_t[]){1, 1, N})}};
+    assert_int_equal(attn_op_forward(op, in, 3, out, 3, NULL), ATTN_OK);
+    attn_op_destroy(op);
+    double mean_competition = 0, mean_inflow = 0;
+    for (int j = 0; j < M; j++) {
+        mean_competition += (double)competition[j] / M;
+    }
+    for (int i = 0; i < N; i++) {
+        mean_inflow += log((double)allocation[i] / (1 - (double)allocation[i])) / N;
+    }
+    if (fabs(mean_competition - 1) > 1e-5 || fabs(mean_inflow - 1) > 1e-5) {
+        fail_msg("mean competition %.8f and mean inflow %.8f, expected 1", mean_competition, mean_inflow);
+    }
+}
+
+static void flow_errors(void **unused)
+{
+    (void)unused;
+    opcheck_case lengths = {.spec = "flow:causal=true"};
+    opcheck_input(&lengths, "q", SHAPE(1, 1, 3, 4));
+    opcheck_input(&lengths, "k", SHAPE(1, 1, 5, 4));
+    opcheck_input(&lengths, "v", SHAPE(1, 1, 5, 4));
+    opcheck_fails(&lengths, ATTN_ERR_SHAPE, "causal needs as many keys as queries");
+    opcheck_case clamp = {.spec = "flow:clamp=-1"};
+    opcheck_fails(&clamp, ATTN_ERR_ARGUMENT, "clamp");
+    opcheck_case state = {.spec = "flow.decode:steps=3"};
+    opcheck_input(&state, "q", SHAPE(1, 1, 3, 4));
+    opcheck_input(&state, "k", SHAPE(1, 1, 3, 4));
+    opcheck_input(&state, "v", SHAPE(1, 1, 3, 4));
+    opcheck_input(&state, "k_sum", SHAPE(1, 1, 4));
+    opcheck_fails(&state, ATTN_ERR_ARGUMENT, "1 of the six state inputs");
+}
+
 int main(void)
 {
-    const struct CMUnitTest tests[] = {cmocka_unit_test(lightning), cmocka_unit_test(tnl), cmocka_unit_test(tnl_errors)};
+    const struct CMUnitTest tests[] = {cmocka_unit_test(lightning), cmocka_unit_test(tnl), cmocka_unit_test(tnl_errors),
+                                       cmocka_unit_test(flow), cmocka_unit_test(flow_conservation), cmocka_unit_test(flow_errors)};
     return cmocka_run_group_tests(tests, NULL, NULL);
 }

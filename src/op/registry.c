@@ -26,6 +26,9 @@
     X(dsf_s6_layer)                \
     X(dsf_scan)                    \
     X(flexprefill)                 \
+    X(flow)                        \
+    X(flow_decode)                 \
+    X(flow_layer)                  \
     X(halo)                        \
     X(halo_layer)                  \
     X(halo_rel_logits)             \
