@@ -79,9 +79,76 @@ static void halo_errors(void **unused)
     opcheck_fails(&grid, ATTN_ERR_SHAPE, "does not hold the 16 keys");
 }
 
+static void agent(void **unused)
+{
+    (void)unused;
+    opcheck_case pooled = {.spec = "agent:grid=[4,5],agent_grid=[3,2],shortcut=0.2", .seed = 6};
+    opcheck_input(&pooled, "q", SHAPE(2, 4, 20, 5));
+    opcheck_input(&pooled, "k", SHAPE(2, 2, 20, 5));
+    opcheck_input(&pooled, "v", SHAPE(2, 2, 20, 6));
+    opcheck_input(&pooled, "bias_an", SHAPE(1, 4, 6, 20));
+    opcheck_input(&pooled, "bias_na", SHAPE(2, 4, 20, 6));
+    opcheck_run(&pooled, 1e-2);
+}
+
+static void agent_layer_inputs(opcheck_case *c, int64_t tokens, int64_t rows, int64_t columns, int64_t keys_h, int64_t keys_w)
+{
+    opcheck_input(c, "x", SHAPE(2, tokens, 6));
+    opcheck_uniform(c, "w_qkv", SHAPE(18, 6), -0.7, 0.7);
+    opcheck_uniform(c, "w_proj", SHAPE(6, 6), -0.7, 0.7);
+    opcheck_input(c, "b_proj", SHAPE(6));
+    opcheck_input(c, "dwc_w", SHAPE(6, 3, 3));
+    opcheck_input(c, "dwc_b", SHAPE(6));
+    opcheck_input(c, "an_bias", SHAPE(2, 4, 3, 7));
+    opcheck_input(c, "na_bias", SHAPE(2, 4, 3, 7));
+    opcheck_input(c, "ah_bias", SHAPE(2, 4, keys_h));
+    opcheck_input(c, "aw_bias", SHAPE(2, 4, keys_w));
+    opcheck_input(c, "ha_bias", SHAPE(2, rows, 4));
+    opcheck_input(c, "wa_bias", SHAPE(2, columns, 4));
+}
+
+static void agent_layer(void **unused)
+{
+    (void)unused;
+    opcheck_case windows = {.spec = "agent.layer:heads=2,grid=[6,4],agent_grid=[2,2],window=[3,4]", .seed = 7};
+    agent_layer_inputs(&windows, 24, 3, 4, 3, 4);
+    opcheck_run(&windows, 1e-2);
+    opcheck_case reduced = {.spec = "agent.layer:heads=2,grid=[5,7],agent_grid=[2,2],reduction=2", .seed = 8};
+    agent_layer_inputs(&reduced, 35, 5, 7, 2, 3);
+    opcheck_uniform(&reduced, "sr_w", SHAPE(6, 6, 2, 2), -0.5, 0.5);
+    opcheck_input(&reduced, "sr_b", SHAPE(6));
+    opcheck_input(&reduced, "ln_w", SHAPE(6));
+    opcheck_input(&reduced, "ln_b", SHAPE(6));
+    opcheck_run(&reduced, 2e-2);
+}
+
+static void agent_errors(void **unused)
+{
+    (void)unused;
+    opcheck_case grid = {.spec = "agent"};
+    opcheck_input(&grid, "q", SHAPE(1, 1, 6, 4));
+    opcheck_input(&grid, "k", SHAPE(1, 1, 6, 4));
+    opcheck_input(&grid, "v", SHAPE(1, 1, 6, 4));
+    opcheck_fails(&grid, ATTN_ERR_ARGUMENT, "grid is needed to pool agents");
+    opcheck_case shortcut = {.spec = "agent:shortcut=1"};
+    opcheck_input(&shortcut, "q", SHAPE(1, 1, 6, 4));
+    opcheck_input(&shortcut, "k", SHAPE(1, 1, 7, 4));
+    opcheck_input(&shortcut, "v", SHAPE(1, 1, 7, 4));
+    opcheck_input(&shortcut, "agents", SHAPE(1, 1, 2, 4));
+    opcheck_fails(&shortcut, ATTN_ERR_SHAPE, "shortcut needs as many queries as keys");
+    opcheck_case both = {.spec = "agent.layer:heads=2,grid=[4,4],agent_grid=[2,2],window=[2,2],cls=true"};
+    agent_layer_inputs(&both, 17, 2, 2, 2, 2);
+    opcheck_fails(&both, ATTN_ERR_ARGUMENT, "exclude one another");
+    opcheck_case offsets = {.spec = "agent.merge:grid=[4,4],stride=[2,2]"};
+    opcheck_input(&offsets, "x", SHAPE(1, 16, 3));
+    opcheck_whole(&offsets, "offsets", SHAPE(2, 2), 4, 7);
+    opcheck_fails(&offsets, ATTN_ERR_ARGUMENT, "expected 0 ... 3");
+}
+
 int main(void)
 {
     const struct CMUnitTest tests[] = {cmocka_unit_test(halo), cmocka_unit_test(halo_big_window), cmocka_unit_test(halo_layer),
-                                       cmocka_unit_test(halo_errors)};
+                                       cmocka_unit_test(halo_errors),     cmocka_unit_test(agent),
+                                       cmocka_unit_test(agent_layer),     cmocka_unit_test(agent_errors)};
     return cmocka_run_group_tests(tests, NULL, NULL);
 }

@@ -5,6 +5,10 @@
 
 /* In alphabetical order of the names; '.' comes before letters and '_' (tests/test_op.c checks). */
 #define MECHANISMS(X)              \
+    X(agent)                       \
+    X(agent_bias)                  \
+    X(agent_layer)                 \
+    X(agent_merge)                 \
     X(bam)                         \
     X(bam_ffn)                     \
     X(bam_moa)                     \
