@@ -4,6 +4,7 @@
 #include <setjmp.h>
 #include <stdarg.h>
 #include <stddef.h>
+#include <stdio.h>
 #include <cmocka.h>
 
 #define SHAPE(...) (int)(sizeof(int64_t[]){__VA_ARGS__} / sizeof(int64_t)), (int64_t[]){__VA_ARGS__}
@@ -145,10 +146,71 @@ static void agent_errors(void **unused)
     opcheck_fails(&offsets, ATTN_ERR_ARGUMENT, "expected 0 ... 3");
 }
 
+static void davit(void **unused)
+{
+    (void)unused;
+    opcheck_case window = {.spec = "davit.window:grid=[8,5],window=3", .seed = 9};
+    opcheck_input(&window, "q", SHAPE(1, 4, 40, 5));
+    opcheck_input(&window, "k", SHAPE(1, 2, 40, 5));
+    opcheck_input(&window, "v", SHAPE(1, 2, 40, 4));
+    opcheck_input(&window, "pad_k", SHAPE(2, 5));
+    opcheck_input(&window, "pad_v", SHAPE(2, 4));
+    opcheck_run(&window, 1e-2);
+    opcheck_case channel = {.spec = "davit.channel", .seed = 10};
+    opcheck_uniform(&channel, "q", SHAPE(2, 2, 60, 7), -0.4, 0.4);
+    opcheck_uniform(&channel, "k", SHAPE(2, 2, 60, 5), -0.4, 0.4);
+    opcheck_input(&channel, "v", SHAPE(2, 2, 60, 5));
+    opcheck_run(&channel, 1e-2);
+}
+
+static void davit_weights(opcheck_case *c, const char *prefix)
+{
+    static char names[2][16][16];
+    static const char *const all[] = {"cpe1_w", "cpe1_b", "ln1_w", "ln1_b", "w_qkv", "b_qkv", "w_proj", "b_proj",
+                                      "cpe2_w", "cpe2_b", "ln2_w", "ln2_b", "w_fc1", "b_fc1", "w_fc2", "b_fc2"};
+    static const int64_t shapes[16][3] = {{6, 3, 3}, {6}, {6}, {6}, {18, 6}, {18}, {6, 6}, {6}, {6, 3, 3}, {6}, {6}, {6}, {9, 6}, {9}, {6, 9}, {6}};
+    for (int i = 0; i < 16; i++) {
+        char *name = names[prefix[0] == 'c'][i];
+        snprintf(name, sizeof names[0][0], "%s%s", prefix, all[i]);
+        opcheck_uniform(c, name, shapes[i][1] == 0 ? 1 : shapes[i][2] == 0 ? 2 : 3, shapes[i], -0.5, 0.5);
+    }
+}
+
+static void davit_block(void **unused)
+{
+    (void)unused;
+    opcheck_case c = {.spec = "davit.block:heads=2,grid=[4,5],window=3,cpe_act=true", .seed = 11, .step = 5e-3};
+    opcheck_input(&c, "x", SHAPE(1, 20, 6));
+    davit_weights(&c, "s_");
+    davit_weights(&c, "c_");
+    opcheck_run(&c, 3e-2);
+    opcheck_case embed = {.spec = "davit.embed:grid=[5,7],stride=2,pad=1", .seed = 12};
+    opcheck_input(&embed, "x", SHAPE(2, 35, 3));
+    opcheck_input(&embed, "w", SHAPE(4, 3, 3, 2));
+    opcheck_input(&embed, "b", SHAPE(4));
+    opcheck_input(&embed, "ln_w", SHAPE(3));
+    opcheck_input(&embed, "ln_b", SHAPE(3));
+    opcheck_run(&embed, 1e-2);
+}
+
+static void davit_errors(void **unused)
+{
+    (void)unused;
+    opcheck_case heads = {.spec = "davit.channel_layer:heads=4"};
+    opcheck_input(&heads, "x", SHAPE(1, 4, 6));
+    opcheck_input(&heads, "w_qkv", SHAPE(18, 6));
+    opcheck_input(&heads, "w_proj", SHAPE(6, 6));
+    opcheck_input(&heads, "b_proj", SHAPE(6));
+    opcheck_fails(&heads, ATTN_ERR_ARGUMENT, "heads = 4 does not divide C = 6");
+    opcheck_case window = {.spec = "davit.window:grid=[2,2],window=0"};
+    opcheck_fails(&window, ATTN_ERR_ARGUMENT, "window");
+}
+
 int main(void)
 {
     const struct CMUnitTest tests[] = {cmocka_unit_test(halo), cmocka_unit_test(halo_big_window), cmocka_unit_test(halo_layer),
                                        cmocka_unit_test(halo_errors),     cmocka_unit_test(agent),
-                                       cmocka_unit_test(agent_layer),     cmocka_unit_test(agent_errors)};
+                                       cmocka_unit_test(agent_layer),     cmocka_unit_test(agent_errors),
+                                       cmocka_unit_test(davit),           cmocka_unit_test(davit_block),     cmocka_unit_test(davit_errors)};
     return cmocka_run_group_tests(tests, NULL, NULL);
 }

@@ -114,9 +114,9 @@ static window window_of(const problem *p, int64_t block)
     return at;
 }
 
-/* Window rows [first, end) of keys or values as rows of `pad` numbers, zero outside the image. */
-static void gather(const problem *p, const attn_windows_view *from, int64_t b, int64_t h, const window *at, int64_t first, int64_t end,
-                   int64_t width, int64_t pad, float factor, float *to)
+/* Window rows [first, end) of keys or values as rows of `pad` numbers; `outside` (NULL: zeros) is what slots outside the image hold. */
+static void gather(const problem *p, const attn_windows_view *from, const float *outside, int64_t b, int64_t h, const window *at,
+                   int64_t first, int64_t end, int64_t width, int64_t pad, float factor, float *to)
 {
     const int64_t *grid = p->w->grid;
     const float *base = from->data + b * from->batch + h * from->head;
@@ -124,11 +124,12 @@ static void gather(const problem *p, const attn_windows_view *from, int64_t b, i
         int64_t y = at->y + a;
         for (int64_t c = at->left; c < at->right; c++, to += pad) {
             int64_t x = at->x + c;
-            if (y < 0 || y >= grid[0] || x < 0 || x >= grid[1]) {
+            int inside = y >= 0 && y < grid[0] && x >= 0 && x < grid[1];
+            if (!inside && outside == NULL) {
                 memset(to, 0, (size_t)pad * sizeof *to);
                 continue;
             }
-            p->kernels->load_row(to, base + (y * grid[1] + x) * from->token, ATTN_F32, width, factor);
+            p->kernels->load_row(to, inside ? base + (y * grid[1] + x) * from->token : outside + h * width, ATTN_F32, width, factor);
             memset(to + width, 0, (size_t)(pad - width) * sizeof *to);
         }
     }
@@ -212,7 +213,7 @@ static int64_t score(const problem *p, worker *t, int64_t block, const int64_t c
 static void load_keys(const problem *p, worker *t, int64_t b, int64_t kv, const window *at, int64_t first, int64_t end)
 {
     int64_t keys = (end - first) * (at->right - at->left);
-    gather(p, &p->w->k, b, kv, at, first, end, p->w->d, p->d_pad, p->factor, t->rows);
+    gather(p, &p->w->k, p->w->pad_k, b, kv, at, first, end, p->w->d, p->d_pad, p->factor, t->rows);
     pack(p->kernels, t->k, t->rows, p->d_pad, keys, p->w->d);
 }
 
@@ -236,7 +237,7 @@ static void attend(const problem *p, worker *t, int64_t b, int64_t kv, int64_t b
             int64_t end = attn_min_i64(first + p->step_rows, at.bottom);
             if (!single || row == 0) {
                 load_keys(p, t, b, kv, &at, first, end);
-                gather(p, &p->w->v, b, kv, &at, first, end, p->w->dv, p->dv_pad, 1, t->v);
+                gather(p, &p->w->v, p->w->pad_v, b, kv, &at, first, end, p->w->dv, p->dv_pad, 1, t->v);
             }
             int64_t keys = score(p, t, block, count, row, rows, &at, first, end);
             kernels->softmax(rows, t->s, p->step_keys, up(keys, kernels->vw), t->m, t->l, t->alpha);
@@ -321,7 +322,7 @@ attn_status attn_windows_forward(const attn_windows *w, attn_arena *arena, int t
  * the tables'. */
 typedef struct stripe {
     int64_t first_block_row, end_block_row, top, bottom;
-    float *dk, *dv, *rel[2];
+    float *dk, *dv, *rel[2], *pad_k, *pad_v;
 } stripe;
 
 static void load_gradients(const problem *p, worker *t, const attn_windows_gradients *grad, int64_t b, int64_t kv, int64_t block,
@@ -360,15 +361,21 @@ static void sum_relative(const problem *p, worker *t, int64_t block, const int64
     }
 }
 
-/* Add rows of a step's key or value gradients to the stripe's sum. */
-static void scatter(const problem *p, const stripe *to, float *sum, const float *from, const window *at, int64_t first, int64_t end,
-                    int64_t pad)
+/* Add rows of a step's key or value gradients to the stripe's sum, and those of slots outside the image to `outside`; either may be NULL. */
+static void scatter(const problem *p, const stripe *to, float *sum, float *outside, const float *from, const window *at, int64_t first,
+                    int64_t end, int64_t pad)
 {
     int64_t across = at->right - at->left, columns = p->w->grid[1];
     int64_t left = attn_max_i64(at->left, -at->x), right = attn_min_i64(at->right, columns - at->x);
     for (int64_t a = first; a < end; a++) {
         int64_t y = at->y + a;
-        if (y >= to->top && y < to->bottom && left < right) {
+        int row_inside = y >= 0 && y < p->w->grid[0];
+        for (int64_t c = at->left; c < at->right && outside != NULL; c++) {
+            if (!row_inside || c < left || c >= right) {
+                p->kernels->axpy(outside, from + ((a - first) * across + c - at->left) * pad, pad, 1);
+            }
+        }
+        if (sum != NULL && y >= to->top && y < to->bottom && left < right) {
             p->kernels->axpy(sum + ((y - to->top) * columns + at->x + left) * pad, from + ((a - first) * across + left - at->left) * pad,
                              (right - left) * pad, 1);
         }
@@ -394,7 +401,7 @@ static void back_block(const problem *p, worker *t, const attn_windows_gradients
         for (int64_t first = at.top; first < at.bottom; first += p->step_rows) {
             int64_t end = attn_min_i64(first + p->step_rows, at.bottom);
             load_keys(p, t, b, kv, &at, first, end);
-            gather(p, &p->w->v, b, kv, &at, first, end, p->w->dv, p->dv_pad, 1, t->v);
+            gather(p, &p->w->v, p->w->pad_v, b, kv, &at, first, end, p->w->dv, p->dv_pad, 1, t->v);
             int64_t keys = score(p, t, block, count, row, rows, &at, first, end), padded = up(keys, kernels->vw);
             pack(kernels, t->v_packed, t->v, p->dv_pad, keys, p->w->dv);
             kernels->product(rows, padded, p->w->dv, t->grad_o, p->dv_pad, 1, t->v_packed, nr, p->w->dv * nr, t->ds, p->step_keys, 0);
@@ -403,15 +410,15 @@ static void back_block(const problem *p, worker *t, const attn_windows_gradients
                 kernels->exp2_row(s, padded, t->m[r]);
                 kernels->grad_row(ds, s, padded, t->alpha[r]);
             }
-            if (to->dv != NULL) {
+            if (to->dv != NULL || to->pad_v != NULL) {
                 kernels->product(keys, p->dv_pad, rows, t->s, 1, p->step_keys, t->grad_o, p->dv_pad, nr, t->dv, p->dv_pad, 0);
-                scatter(p, to, to->dv, t->dv, &at, first, end, p->dv_pad);
+                scatter(p, to, to->dv, to->pad_v, t->dv, &at, first, end, p->dv_pad);
             }
             /* t->rows holds the keys times factor (scale in base 2); LN2 undoes the base at the end. */
             kernels->product(rows, p->d_pad, keys, t->ds, p->step_keys, 1, t->rows, p->d_pad, nr, t->dq, p->d_pad, 1);
-            if (to->dk != NULL) {
+            if (to->dk != NULL || to->pad_k != NULL) {
                 kernels->product(keys, p->d_pad, rows, t->ds, 1, p->step_keys, t->q, p->d_pad, nr, t->dk, p->d_pad, 0);
-                scatter(p, to, to->dk, t->dk, &at, first, end, p->d_pad);
+                scatter(p, to, to->dk, to->pad_k, t->dk, &at, first, end, p->d_pad);
             }
             if (p->rel[0] != NULL) {
                 sum_relative(p, t, block, count, row, rows, &at, first, end);
@@ -444,7 +451,7 @@ static attn_status make_stripes(const problem *p, const attn_windows_gradients *
         to->bottom = attn_min_i64(w->grid[0], to->end_block_row * w->block[0] + w->halo[0]);
         size_t pixels = (size_t)((to->bottom - to->top) * w->grid[1]), d = (size_t)p->d_pad, dv = (size_t)p->dv_pad;
         size_t tables = w->rel_h != NULL ? (size_t)(p->rel_count[0] + p->rel_count[1]) * d : 0;
-        size_t count = (grad->k.data != NULL ? pixels * d : 0) + (grad->v.data != NULL ? pixels * dv : 0) + tables;
+        size_t count = (grad->k.data != NULL ? pixels * d : 0) + (grad->v.data != NULL ? pixels * dv : 0) + tables + d + dv;
         float *at = attn_arena_array(arena, count + 1, sizeof *at);
         if (at == NULL) {
             return attn_fail_memory(count * sizeof *at);
@@ -454,6 +461,8 @@ static attn_status make_stripes(const problem *p, const attn_windows_gradients *
             to->rel[0] = at, at += (size_t)p->rel_count[0] * d;
             to->rel[1] = at, at += (size_t)p->rel_count[1] * d;
         }
+        to->pad_k = grad->pad_k != NULL ? at : NULL, at += d;
+        to->pad_v = grad->pad_v != NULL ? at : NULL, at += dv;
         if (grad->k.data != NULL) {
             to->dk = at, at += pixels * d;
         }
@@ -501,6 +510,15 @@ attn_status attn_windows_backward(const attn_windows *w, const attn_windows_grad
 #pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
     for (int64_t pair = 0; pair < pairs; pair++) {
         add_stripes(&p, grad, stripes + pair * per_pair, per_pair, pair / w->kv_heads, pair % w->kv_heads);
+    }
+    for (int64_t i = 0; i < pairs * per_pair; i++) {
+        int64_t kv = i / per_pair % w->kv_heads;
+        if (grad->pad_k != NULL) {
+            p.kernels->axpy(grad->pad_k + kv * w->d, stripes[i].pad_k, w->d, (float)w->scale);
+        }
+        if (grad->pad_v != NULL) {
+            p.kernels->axpy(grad->pad_v + kv * w->dv, stripes[i].pad_v, w->dv, 1);
+        }
     }
     float *tables[2] = {grad->rel_h, grad->rel_w};
     float factor = (float)(w->scale_relative ? w->scale : 1);

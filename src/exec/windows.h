@@ -25,6 +25,7 @@ typedef struct attn_windows {
     attn_windows_view q, k, v, o;
     float *lse;         /* [B, heads, output tokens]; may be NULL in forward */
     const float *rel_h, *rel_w; /* [2wh-1, d], [2ww-1, d], or both NULL */
+    const float *pad_k, *pad_v; /* [kv_heads, d], [kv_heads, dv]: what slots outside the image hold; NULL: zeros */
 } attn_windows;
 
 /* The grid of queries: ceil(grid / stride). */
@@ -38,7 +39,7 @@ attn_status attn_windows_forward(const attn_windows *w, attn_arena *arena, int t
 typedef struct attn_windows_gradients {
     attn_windows_view o; /* incoming */
     attn_windows_view q, k, v;
-    float *rel_h, *rel_w;
+    float *rel_h, *rel_w, *pad_k, *pad_v;
 } attn_windows_gradients;
 
 attn_status attn_windows_backward(const attn_windows *w, const attn_windows_gradients *grad, attn_arena *arena, int threads);

@@ -13,6 +13,14 @@
     X(bam_ffn)                     \
     X(bam_moa)                     \
     X(bam_upcycle)                 \
+    X(davit_block)                 \
+    X(davit_channel)               \
+    X(davit_channel_block)         \
+    X(davit_channel_layer)         \
+    X(davit_embed)                 \
+    X(davit_spatial_block)         \
+    X(davit_window)                \
+    X(davit_window_layer)          \
     X(dense)                       \
     X(disendiff)                   \
     X(disendiff_attention)         \
