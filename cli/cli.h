@@ -37,6 +37,7 @@ int cli_check(int argc, char **argv);
 int cli_describe(int argc, char **argv);
 int cli_heads(int argc, char **argv);
 int cli_info(int argc, char **argv);
+int cli_lab(int argc, char **argv);
 int cli_list(int argc, char **argv);
 int cli_plan(int argc, char **argv);
 int cli_needle(int argc, char **argv);

@@ -19,6 +19,7 @@ static const cli_command commands[] = {
     {"apply", cli_apply, "run a mechanism on tensors from a file"},
     {"check", cli_check, "compare mechanisms with files of expected results"},
     {"bench", cli_bench, "time mechanisms beside exact attention"},
+    {"lab", cli_lab, "experiments that reproduce what papers claim"},
     {"plan", cli_plan, "make, draw, describe and time sparse plans"},
 };
 

@@ -146,9 +146,80 @@ static void flow_errors(void **unused)
     opcheck_fails(&state, ATTN_ERR_ARGUMENT, "1 of the six state inputs");
 }
 
+static void based(void **unused)
+{
+    (void)unused;
+    opcheck_case causal = {.spec = "based", .seed = 8};
+    opcheck_input(&causal, "q", SHAPE(1, 4, 300, 5));
+    opcheck_input(&causal, "k", SHAPE(1, 2, 300, 5));
+    opcheck_input(&causal, "v", SHAPE(1, 2, 300, 6));
+    opcheck_run(&causal, 2e-2);
+    opcheck_case cross = {.spec = "based:causal=false,normalize=false,scale=0.3", .seed = 9};
+    opcheck_input(&cross, "q", SHAPE(2, 2, 20, 5));
+    opcheck_input(&cross, "k", SHAPE(2, 2, 31, 5));
+    opcheck_input(&cross, "v", SHAPE(2, 2, 31, 6));
+    opcheck_run(&cross, 1e-2);
+    opcheck_case window = {.spec = "based.window:window=5,rotary_dim=4", .seed = 10};
+    opcheck_input(&window, "q", SHAPE(1, 4, 40, 6));
+    opcheck_input(&window, "k", SHAPE(1, 2, 40, 6));
+    opcheck_input(&window, "v", SHAPE(1, 2, 40, 3));
+    opcheck_run(&window, 1e-2);
+    opcheck_case decode = {.spec = "based.decode:layout=full", .seed = 11};
+    opcheck_input(&decode, "q", SHAPE(2, 4, 7, 5));
+    opcheck_input(&decode, "k", SHAPE(2, 2, 7, 5));
+    opcheck_input(&decode, "v", SHAPE(2, 2, 7, 6));
+    opcheck_run(&decode, 0);
+}
+
+static void based_layers(void **unused)
+{
+    (void)unused;
+    opcheck_case conv = {.spec = "based.conv:expand=2,kernel=4", .seed = 12};
+    opcheck_input(&conv, "x", SHAPE(2, 9, 5));
+    opcheck_input(&conv, "in_w", SHAPE(10, 5));
+    opcheck_input(&conv, "in_b", SHAPE(10));
+    opcheck_input(&conv, "conv_w", SHAPE(5, 4));
+    opcheck_input(&conv, "conv_b", SHAPE(5));
+    opcheck_input(&conv, "out_w", SHAPE(5, 5));
+    opcheck_input(&conv, "state", SHAPE(2, 5, 3));
+    opcheck_run(&conv, 1e-2);
+    opcheck_case layer = {.spec = "based.layer:heads=2,feature_dim=3", .seed = 13};
+    opcheck_input(&layer, "x", SHAPE(2, 12, 5));
+    opcheck_uniform(&layer, "w_q", SHAPE(6, 5), -0.6, 0.6);
+    opcheck_uniform(&layer, "w_k", SHAPE(6, 5), -0.6, 0.6);
+    opcheck_input(&layer, "w_v", SHAPE(8, 5));
+    opcheck_input(&layer, "w_o", SHAPE(5, 8));
+    opcheck_run(&layer, 1e-2);
+}
+
+static void based_errors(void **unused)
+{
+    (void)unused;
+    opcheck_case scale = {.spec = "based:scale=0"};
+    opcheck_fails(&scale, ATTN_ERR_ARGUMENT, "scale");
+    opcheck_case state = {.spec = "based.decode"};
+    opcheck_input(&state, "q", SHAPE(1, 1, 3, 4));
+    opcheck_input(&state, "k", SHAPE(1, 1, 3, 4));
+    opcheck_input(&state, "v", SHAPE(1, 1, 3, 2));
+    opcheck_input(&state, "kv_state", SHAPE(1, 1, 15, 2));
+    opcheck_fails(&state, ATTN_ERR_ARGUMENT, "k_state is missing");
+    opcheck_case odd = {.spec = "based.conv:expand=1"};
+    opcheck_input(&odd, "x", SHAPE(1, 4, 5));
+    opcheck_input(&odd, "in_w", SHAPE(5, 5));
+    opcheck_input(&odd, "conv_w", SHAPE(2, 3));
+    opcheck_input(&odd, "out_w", SHAPE(5, 2));
+    opcheck_fails(&odd, ATTN_ERR_ARGUMENT, "is odd");
+    opcheck_case rotary = {.spec = "based.window:window=4,rotary_dim=3"};
+    opcheck_input(&rotary, "q", SHAPE(1, 1, 3, 4));
+    opcheck_input(&rotary, "k", SHAPE(1, 1, 3, 4));
+    opcheck_input(&rotary, "v", SHAPE(1, 1, 3, 2));
+    opcheck_fails(&rotary, ATTN_ERR_ARGUMENT, "rotary_dim = 3");
+}
+
 int main(void)
 {
     const struct CMUnitTest tests[] = {cmocka_unit_test(lightning), cmocka_unit_test(tnl), cmocka_unit_test(tnl_errors),
-                                       cmocka_unit_test(flow), cmocka_unit_test(flow_conservation), cmocka_unit_test(flow_errors)};
+                                       cmocka_unit_test(flow), cmocka_unit_test(flow_conservation), cmocka_unit_test(flow_errors),
+                                       cmocka_unit_test(based), cmocka_unit_test(based_layers), cmocka_unit_test(based_errors)};
     return cmocka_run_group_tests(tests, NULL, NULL);
 }

@@ -5,6 +5,7 @@
 #include <attn/dense.h>
 #include <attn/gguf.h>
 #include <attn/heads.h>
+#include <attn/lab.h>
 #include <attn/machine.h>
 #include <attn/memory.h>
 #include <attn/model.h>

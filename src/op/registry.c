@@ -13,6 +13,11 @@
     X(bam_ffn)                     \
     X(bam_moa)                     \
     X(bam_upcycle)                 \
+    X(based)                       \
+    X(based_conv)                  \
+    X(based_decode)                \
+    X(based_layer)                 \
+    X(based_window)                \
     X(davit_block)                 \
     X(davit_channel)               \
     X(davit_channel_block)         \

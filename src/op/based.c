@@ -1,0 +1,816 @@
+/* Based (arXiv:2402.18668): global linear attention whose weights are the second-order Taylor expansion of exp, exact attention in a tiny
+ * window, and gated short convolutions. The state of the linear part is a dial between the recall of attention and the speed of
+ * recurrences. exec/linear.h computes it: pairs inside a chunk by their score s as 1 + s + s^2/2, chunks by features.
+ */
+#include "exec/linear.h"
+#include "kernel/tile.h"
+#include "layer/activation.h"
+#include "layer/conv.h"
+#include "layer/linear.h"
+#include "layer/rope.h"
+#include "op/class.h"
+#include <attn/dense.h>
+
+#include <omp.h>
+#include <string.h>
+
+#define PAPER "arXiv:2402.18668"
+#define CHUNK 128
+#define QUADRATIC 256 /* tokens below which one chunk holds everything: pairs alone are cheaper than features */
+
+static attn_status take(attn_call *call, int64_t count, float **out)
+{
+    *out = attn_scratch_f32(call, count);
+    return *out != NULL ? ATTN_OK : attn_fail_memory((size_t)count * sizeof(float));
+}
+
+/* ---- Features: phi(x) = 1 | sqrt(scale) x | scale/sqrt(2) x_i^2 and scale x_i x_j for i < j, row by row ---- */
+
+static int64_t packed_width(int64_t d) { return 1 + d + d * (d + 1) / 2; }
+
+static void expand(int64_t d, double scale, const float *x, float *phi)
+{
+    float linear = (float)sqrt(scale), pair = (float)scale, square = (float)(scale * sqrt(0.5));
+    *phi++ = 1;
+    for (int64_t i = 0; i < d; i++) {
+        *phi++ = linear * x[i];
+    }
+    for (int64_t i = 0; i < d; i++) {
+        float first = pair * x[i];
+        phi[0] = square * x[i] * x[i];
+        for (int64_t j = i + 1; j < d; j++) {
+            phi[j - i] = first * x[j];
+        }
+        phi += d - i;
+    }
+}
+
+static void expand_back(int64_t d, double scale, const float *x, const float *grad_phi, float *grad_x)
+{
+    float linear = (float)sqrt(scale), pair = (float)scale, square = (float)(2 * scale * sqrt(0.5));
+    grad_phi++;
+    for (int64_t i = 0; i < d; i++) {
+        grad_x[i] += linear * *grad_phi++;
+    }
+    for (int64_t i = 0; i < d; i++) {
+        float sum = square * grad_phi[0] * x[i];
+        for (int64_t j = i + 1; j < d; j++) {
+            sum += pair * grad_phi[j - i] * x[j];
+            grad_x[j] += pair * grad_phi[j - i] * x[i];
+        }
+        grad_x[i] += sum;
+        grad_phi += d - i;
+    }
+}
+
+static void pair_weights(int64_t count, float *s, float *slope)
+{
+    for (int64_t i = 0; i < count; i++) {
+        float x = s[i];
+        if (slope != NULL) {
+            slope[i] = 1 + x;
+        }
+        s[i] = 1 + x + 0.5f * x * x;
+    }
+}
+
+static const attn_feature_map taylor = {packed_width, expand, expand_back, pair_weights};
+
+/* ---- The core ---- */
+
+typedef struct core {
+    int64_t batch, heads, kv_heads, n, m, d, dv;
+    int causal, normalize;
+    double scale, eps;
+} core;
+
+static attn_linattn shape_of(const core *c)
+{
+    return (attn_linattn){.batch = c->batch, .heads = c->heads, .kv_heads = c->kv_heads, .n = c->n, .m = c->m, .d = c->d, .dv = c->dv + 1,
+                          .causal = c->causal, .chunk = attn_max_i64(c->n, c->m) <= QUADRATIC ? QUADRATIC : CHUNK, .scale = c->scale,
+                          .map = &taylor};
+}
+
+/* Values with a column of ones, so that the row sums come out of the same products. */
+static attn_status widen(attn_call *call, const core *c, const float *v, float **wide)
+{
+    int64_t rows = c->batch * c->kv_heads * c->m;
+    ATTN_TRY(take(call, rows * (c->dv + 1), wide));
+#pragma omp parallel for schedule(static) num_threads(call->threads) if (call->threads > 1)
+    for (int64_t r = 0; r < rows; r++) {
+        memcpy(*wide + r * (c->dv + 1), v + r * c->dv, (size_t)c->dv * sizeof *v);
+        (*wide)[r * (c->dv + 1) + c->dv] = 1;
+    }
+    return ATTN_OK;
+}
+
+/* 0 for a query that sees no key. */
+static float reciprocal(const core *c, float z) { return z == 0 ? 0 : (float)(1 / ((double)z + c->eps)); }
+
+/* o [B,H,N,Dv], z [B,H,N] */
+static attn_status core_forward(attn_call *call, const core *c, const float *q, const float *k, const float *v, float *o, float *z)
+{
+    float *wide, *sums;
+    int64_t rows = c->batch * c->heads * c->n;
+    attn_linattn shape = shape_of(c);
+    ATTN_TRY(widen(call, c, v, &wide));
+    ATTN_TRY(take(call, rows * (c->dv + 1), &sums));
+    ATTN_TRY(attn_linattn_forward(&shape, call->arena, call->threads, q, k, wide, NULL, sums, NULL));
+#pragma omp parallel for schedule(static) num_threads(call->threads) if (call->threads > 1)
+    for (int64_t r = 0; r < rows; r++) {
+        const float *from = sums + r * (c->dv + 1);
+        float factor = c->normalize ? reciprocal(c, from[c->dv]) : 1;
+        z[r] = from[c->dv];
+        for (int64_t i = 0; i < c->dv; i++) {
+            o[r * c->dv + i] = factor * from[i];
+        }
+    }
+    return ATTN_OK;
+}
+
+/* Gradients are overwritten; each may be NULL. */
+static attn_status core_backward(attn_call *call, const core *c, const float *q, const float *k, const float *v, const float *o,
+                                 const float *z, const float *grad_o, float *grad_q, float *grad_k, float *grad_v)
+{
+    float *wide, *grad_sums, *grad_wide;
+    int64_t rows = c->batch * c->heads * c->n, keys = c->batch * c->kv_heads * c->m;
+    const attn_tile_kernels *kernels = attn_tile_kernels_get();
+    attn_linattn shape = shape_of(c);
+    ATTN_TRY(widen(call, c, v, &wide));
+    ATTN_TRY(take(call, rows * (c->dv + 1), &grad_sums));
+    ATTN_TRY(take(call, keys * (c->dv + 1), &grad_wide));
+#pragma omp parallel for schedule(static) num_threads(call->threads) if (call->threads > 1)
+    for (int64_t r = 0; r < rows; r++) {
+        float factor = c->normalize ? reciprocal(c, z[r]) : 1, *to = grad_sums + r * (c->dv + 1);
+        for (int64_t i = 0; i < c->dv; i++) {
+            to[i] = factor * grad_o[r * c->dv + i];
+        }
+        to[c->dv] = c->normalize ? -factor * kernels->dot(grad_o + r * c->dv, o + r * c->dv, c->dv) : 0;
+    }
+    ATTN_TRY(attn_linattn_backward(&shape, call->arena, call->threads, q, k, wide, NULL, grad_sums, grad_q, grad_k, grad_wide, NULL));
+    for (int64_t r = 0; r < keys && grad_v != NULL; r++) {
+        memcpy(grad_v + r * c->dv, grad_wide + r * (c->dv + 1), (size_t)c->dv * sizeof *grad_v);
+    }
+    return ATTN_OK;
+}
+
+static double core_flops(const core *c)
+{
+    double heads = (double)(c->batch * c->heads), width = (double)(c->d + c->dv + 1), pairs;
+    if (attn_max_i64(c->n, c->m) <= QUADRATIC) {
+        pairs = c->causal ? (double)c->n * (double)c->m / 2 : (double)c->n * (double)c->m;
+        return 2 * heads * pairs * width;
+    }
+    pairs = c->causal ? (double)c->n * CHUNK / 2 : 0;
+    return heads * (2 * pairs * width + 2 * (double)(c->n + c->m) * (double)(packed_width(c->d) * (c->dv + 1)));
+}
+
+/* ---- based ---- */
+
+typedef struct based_params {
+    int64_t causal, normalize, layout, window, rotary_dim, expand, kernel, heads, feature_dim;
+    double scale, eps, rotary_base;
+} based_params;
+
+#define CAUSAL_PARAM ATTN_P_BOOL("causal", based_params, causal, "true", "key j is visible to query i only if j <= i + M - N")
+#define NORMALIZE_PARAM ATTN_P_BOOL("normalize", based_params, normalize, "true", "divide by the row sum")
+#define EPS_PARAM ATTN_P_FLOAT("eps", based_params, eps, "1e-12", 0, INFINITY, "added to the row sum")
+
+static const attn_param_info based_param_table[] = {CAUSAL_PARAM, ATTN_P_SCALE_POSITIVE(based_params, scale), NORMALIZE_PARAM, EPS_PARAM};
+
+enum { Q, K, V, O, Z };
+
+static const attn_port_info based_ports[] = {
+    ATTN_IN("q", "B,H,N,D", FLOAT, ATTN_PORT_DIFF, "queries, of the small feature dimension"),
+    ATTN_IN("k", "B,Hkv,M,D", FLOAT, ATTN_PORT_DIFF, "keys"),
+    ATTN_IN("v", "B,Hkv,M,Dv", FLOAT, ATTN_PORT_DIFF, "values"),
+    ATTN_OUT("o", "B,H,N,Dv", FLOAT, ATTN_PORT_DIFF, "the attention output"),
+    ATTN_OUT("z", "B,H,N", FLOAT, 0, "row sums of the weights, before eps"),
+};
+
+static core core_of(const attn_call *call)
+{
+    const based_params *p = call->params;
+    return (core){.batch = attn_dim(call, "B"), .heads = attn_dim(call, "H"), .kv_heads = attn_dim(call, "Hkv"), .n = attn_dim(call, "N"),
+                  .m = attn_dim(call, "M"), .d = attn_dim(call, "D"), .dv = attn_dim(call, "Dv"), .causal = (int)p->causal,
+                  .normalize = (int)p->normalize, .scale = attn_default_scale(p->scale, attn_dim(call, "D")), .eps = p->eps};
+}
+
+static attn_status based_forward(attn_call *call)
+{
+    core c = core_of(call);
+    return core_forward(call, &c, attn_f32(call->t[Q]), attn_f32(call->t[K]), attn_f32(call->t[V]), attn_f32(call->t[O]),
+                        attn_f32(call->t[Z]));
+}
+
+static attn_status based_backward(attn_call *call)
+{
+    core c = core_of(call);
+    return core_backward(call, &c, attn_f32(call->t[Q]), attn_f32(call->t[K]), attn_f32(call->t[V]), attn_f32(call->t[O]),
+                         attn_f32(call->t[Z]), attn_f32(call->grad[O]), attn_f32(call->grad[Q]), attn_f32(call->grad[K]),
+                         attn_f32(call->grad[V]));
+}
+
+static attn_status based_cost(attn_call *call, attn_cost *cost)
+{
+    core c = core_of(call);
+    cost->flops = core_flops(&c);
+    return ATTN_OK;
+}
+
+const attn_op_class attn_op_based = {
+    .info = {.name = "based",
+             .title = "Taylor linear attention",
+             .summary = "Linear attention with weights 1 + s + s^2/2, the second-order expansion of exp(s): sharper than first-order feature maps, "
+                        "with a fixed state of 1 + D + D(D+1)/2 rows. For models trained with it; D is small (16). Costs about "
+                        "4*N*F*Dv operations per head, linear in the length.",
+             .paper = PAPER,
+             .differentiable = 1,
+             ATTN_TABLE(based_param_table, based_ports)},
+    .params_size = sizeof(based_params),
+    .forward = based_forward,
+    .backward = based_backward,
+    .cost = based_cost,
+};
+
+/* ---- based.decode ---- */
+
+enum { LAYOUT_PACKED, LAYOUT_FULL };
+
+static const attn_param_info decode_param_table[] = {
+    ATTN_P_SCALE_POSITIVE(based_params, scale), NORMALIZE_PARAM, EPS_PARAM,
+    ATTN_P_CHOICE("layout", based_params, layout, "packed", "packed|full", "of the state: pairs once, or all D*D products"),
+};
+
+enum { D_Q, D_K, D_V, D_KV, D_K_STATE, D_O, D_KV_OUT, D_K_OUT };
+
+static const attn_port_info decode_ports[] = {
+    ATTN_IN("q", "B,H,N,D", FLOAT, 0, "queries of the new tokens"),
+    ATTN_IN("k", "B,Hkv,N,D", FLOAT, 0, "their keys"),
+    ATTN_IN("v", "B,Hkv,N,Dv", FLOAT, 0, "their values"),
+    ATTN_IN("kv_state", "B,Hkv,Fin,Dv", FLOAT, ATTN_PORT_OPTIONAL, "sum of features times values (absent: zero)"),
+    ATTN_IN("k_state", "B,Hkv,Fin", FLOAT, ATTN_PORT_OPTIONAL, "sum of features"),
+    ATTN_OUT("o", "B,H,N,Dv", FLOAT, 0, "the attention output"),
+    ATTN_OUT("kv_state", "B,Hkv,F,Dv", FLOAT, 0, "the state after these tokens"),
+    ATTN_OUT("k_state", "B,Hkv,F", FLOAT, 0, ""),
+};
+
+static int64_t state_width(const attn_call *call)
+{
+    const based_params *p = call->params;
+    int64_t d = attn_dim(call, "D");
+    return p->layout == LAYOUT_FULL ? 1 + d + d * d : packed_width(d);
+}
+
+static attn_status decode_bind(attn_call *call)
+{
+    if ((call->t[D_KV] == NULL) != (call->t[D_K_STATE] == NULL)) {
+        return attn_fail(ATTN_ERR_ARGUMENT, "%s is missing: kv_state and k_state go together", call->t[D_KV] == NULL ? "kv_state" : "k_state");
+    }
+    if (call->t[D_KV] != NULL && attn_dim(call, "Fin") != state_width(call)) {
+        return attn_fail(ATTN_ERR_SHAPE, "kv_state has %lld rows, expected %lld for D = %lld", (long long)attn_dim(call, "Fin"),
+                         (long long)state_width(call), (long long)attn_dim(call, "D"));
+    }
+    if (attn_dim(call, "N") < 1) {
+        return attn_fail(ATTN_ERR_SHAPE, "q has no tokens");
+    }
+    attn_set_dim(call, "F", state_width(call));
+    return ATTN_OK;
+}
+
+static void expand_full(int64_t d, double scale, const float *x, float *phi)
+{
+    float linear = (float)sqrt(scale), square = (float)(scale * sqrt(0.5));
+    *phi++ = 1;
+    for (int64_t i = 0; i < d; i++) {
+        *phi++ = linear * x[i];
+    }
+    for (int64_t i = 0; i < d; i++) {
+        for (int64_t j = 0; j < d; j++) {
+            *phi++ = square * x[i] * x[j];
+        }
+    }
+}
+
+/* One key head's tokens: the state passes through the caches once per token, updated before its queries read it. phi: scratch
+ * [1 + group][F]. */
+static void decode_head(attn_call *call, const core *c, int64_t f, int64_t i, float *phi)
+{
+    const based_params *p = call->params;
+    const attn_tile_kernels *kernels = attn_tile_kernels_get();
+    int64_t group = c->heads / c->kv_heads;
+    float *state = attn_f32(call->t[D_KV_OUT]) + i * f * c->dv, *sums = attn_f32(call->t[D_K_OUT]) + i * f;
+    void (*features)(int64_t, double, const float *, float *) = p->layout == LAYOUT_FULL ? expand_full : expand;
+    for (int64_t t = 0; t < c->n; t++) {
+        const float *v = attn_f32(call->t[D_V]) + (i * c->n + t) * c->dv;
+        features(c->d, c->scale, attn_f32(call->t[D_K]) + (i * c->n + t) * c->d, phi);
+        kernels->axpy(sums, phi, f, 1);
+        for (int64_t g = 0; g < group; g++) {
+            int64_t row = (i * group + g) * c->n + t; /* query heads of a key head are consecutive, across the batch too */
+            features(c->d, c->scale, attn_f32(call->t[D_Q]) + row * c->d, phi + (1 + g) * f);
+            memset(attn_f32(call->t[D_O]) + row * c->dv, 0, (size_t)c->dv * sizeof(float));
+        }
+        for (int64_t e = 0; e < f; e++) {
+            kernels->axpy(state + e * c->dv, v, c->dv, phi[e]);
+            for (int64_t g = 0; g < group; g++) {
+                kernels->axpy(attn_f32(call->t[D_O]) + ((i * group + g) * c->n + t) * c->dv, state + e * c->dv, c->dv, phi[(1 + g) * f + e]);
+            }
+        }
+        for (int64_t g = 0; g < group && c->normalize; g++) {
+            double z = c->eps;
+            for (int64_t e = 0; e < f; e++) {
+                z += (double)phi[(1 + g) * f + e] * (double)sums[e];
+            }
+            kernels->scale(attn_f32(call->t[D_O]) + ((i * group + g) * c->n + t) * c->dv, c->dv, (float)(1 / z));
+        }
+    }
+}
+
+static attn_status decode_forward(attn_call *call)
+{
+    const based_params *p = call->params;
+    int64_t f = state_width(call);
+    core c = {.batch = attn_dim(call, "B"), .heads = attn_dim(call, "H"), .kv_heads = attn_dim(call, "Hkv"), .n = attn_dim(call, "N"),
+              .d = attn_dim(call, "D"), .dv = attn_dim(call, "Dv"), .normalize = (int)p->normalize,
+              .scale = attn_default_scale(p->scale, attn_dim(call, "D")), .eps = p->eps};
+    int64_t heads = c.batch * c.kv_heads, group = c.heads / c.kv_heads;
+    float *phi;
+    ATTN_TRY(take(call, call->threads * (1 + group) * f, &phi));
+    const attn_tensor *in[2] = {call->t[D_KV], call->t[D_K_STATE]}, *out[2] = {call->t[D_KV_OUT], call->t[D_K_OUT]};
+    for (int s = 0; s < 2; s++) {
+        size_t bytes = (size_t)(heads * f * (s == 0 ? c.dv : 1)) * sizeof(float);
+        if (in[s] != NULL) {
+            memcpy(out[s]->data, in[s]->data, bytes);
+        } else {
+            memset(out[s]->data, 0, bytes);
+        }
+    }
+#pragma omp parallel for schedule(static) num_threads(call->threads) if (call->threads > 1 && heads > 1)
+    for (int64_t i = 0; i < heads; i++) {
+        decode_head(call, &c, f, i, phi + omp_get_thread_num() * (1 + group) * f);
+    }
+    return ATTN_OK;
+}
+
+static attn_status decode_cost(attn_call *call, attn_cost *cost)
+{
+    double tokens = (double)(attn_dim(call, "B") * attn_dim(call, "N")), state = (double)(state_width(call) * (attn_dim(call, "Dv") + 1));
+    cost->flops = 2 * tokens * state * (double)(attn_dim(call, "Hkv") + attn_dim(call, "H"));
+    cost->bytes = 8 * tokens * state * (double)attn_dim(call, "Hkv");
+    return ATTN_OK;
+}
+
+const attn_op_class attn_op_based_decode = {
+    .info = {.name = "based.decode",
+             .title = "Taylor linear attention token by token",
+             .summary = "The causal form of based evaluated as a recurrence, for generation: F*(Dv + 1) numbers per key head are the state, "
+                        "whatever the context.",
+             .paper = PAPER,
+             ATTN_TABLE(decode_param_table, decode_ports)},
+    .params_size = sizeof(based_params),
+    .bind = decode_bind,
+    .forward = decode_forward,
+    .cost = decode_cost,
+};
+
+/* ---- based.window ---- */
+
+static const attn_param_info window_param_table[] = {
+    ATTN_P_INT("window", based_params, window, NULL, 0, INFINITY, "keys before its own that each query sees"),
+    ATTN_P_INT("rotary_dim", based_params, rotary_dim, "0", 0, INFINITY, "channels that are rotated; even, at most D; 0: none"),
+    ATTN_P_FLOAT_OPEN("rotary_base", based_params, rotary_base, "10000", 0, 1, INFINITY, 0, "base of the rotary angles"),
+    ATTN_P_SCALE_POSITIVE(based_params, scale),
+};
+
+static const attn_port_info window_ports[] = {
+    ATTN_IN("q", "B,H,N,D", FLOAT, ATTN_PORT_DIFF, "queries, not rotated"),
+    ATTN_IN("k", "B,Hkv,M,D", FLOAT, ATTN_PORT_DIFF, "keys, not rotated"),
+    ATTN_IN("v", "B,Hkv,M,Dv", FLOAT, ATTN_PORT_DIFF, "values"),
+    ATTN_OUT("o", "B,H,N,Dv", FLOAT, ATTN_PORT_DIFF, "the attention output"),
+};
+
+static attn_status window_bind(attn_call *call)
+{
+    const based_params *p = call->params;
+    if (p->rotary_dim % 2 != 0 || p->rotary_dim > attn_dim(call, "D")) {
+        return attn_fail(ATTN_ERR_ARGUMENT, "rotary_dim = %lld, expected an even number up to D = %lld", (long long)p->rotary_dim,
+                         (long long)attn_dim(call, "D"));
+    }
+    return ATTN_OK;
+}
+
+/* Rows [rows of `count` tokens] rotated by position first + token, into `to` (which may be `from`), or back. */
+static attn_status rotate(attn_call *call, int64_t heads, int64_t count, int64_t first, int inverse, const float *from, float *to)
+{
+    const based_params *p = call->params;
+    int64_t d = attn_dim(call, "D");
+    float *table = NULL;
+    ATTN_TRY(attn_rope_table(call->arena, first, count, p->rotary_dim, p->rotary_base, &table));
+    if (to != from) {
+        memcpy(to, from, (size_t)(heads * count * d) * sizeof *to);
+    }
+#pragma omp parallel for schedule(static) num_threads(call->threads) if (call->threads > 1)
+    for (int64_t r = 0; r < heads * count; r++) {
+        attn_rope_apply(table + r % count * p->rotary_dim, p->rotary_dim, 0, inverse, to + r * d);
+    }
+    return ATTN_OK;
+}
+
+typedef struct window_work {
+    float *q, *k;
+    attn_dense_settings settings;
+    attn_dense_inputs in;
+} window_work;
+
+static attn_status window_setup(attn_call *call, window_work *w)
+{
+    const based_params *p = call->params;
+    int64_t n = attn_dim(call, "N"), m = attn_dim(call, "M"), batch = attn_dim(call, "B");
+    *w = (window_work){.q = attn_f32(call->t[Q]), .k = attn_f32(call->t[K])};
+    if (p->rotary_dim > 0) {
+        ATTN_TRY(take(call, attn_tensor_count(call->t[Q]), &w->q));
+        ATTN_TRY(take(call, attn_tensor_count(call->t[K]), &w->k));
+        ATTN_TRY(rotate(call, batch * attn_dim(call, "H"), n, m - n, 0, attn_f32(call->t[Q]), w->q));
+        ATTN_TRY(rotate(call, batch * attn_dim(call, "Hkv"), m, 0, 0, attn_f32(call->t[K]), w->k));
+    }
+    attn_dense_defaults(&w->settings);
+    w->settings.causal = 1;
+    w->settings.window[0] = p->window;
+    w->settings.scale = p->scale;
+    w->in = (attn_dense_inputs){.q = attn_tensor_make(w->q, ATTN_F32, 4, call->t[Q]->shape),
+                                .k = attn_tensor_make(w->k, ATTN_F32, 4, call->t[K]->shape), .v = *call->t[V]};
+    return ATTN_OK;
+}
+
+static attn_status window_forward(attn_call *call)
+{
+    window_work w;
+    ATTN_TRY(window_setup(call, &w));
+    return attn_dense_forward(&w.settings, &w.in, call->t[O], NULL, &(attn_exec){.threads = call->threads, .arena = call->arena});
+}
+
+static attn_status window_backward(attn_call *call)
+{
+    window_work w;
+    float *lse_data;
+    int64_t n = attn_dim(call, "N"), m = attn_dim(call, "M"), batch = attn_dim(call, "B"), heads = attn_dim(call, "H");
+    const based_params *p = call->params;
+    attn_exec exec = {.threads = call->threads, .arena = call->arena};
+    ATTN_TRY(window_setup(call, &w));
+    ATTN_TRY(take(call, batch * heads * n, &lse_data));
+    attn_tensor lse = attn_tensor_make(lse_data, ATTN_F32, 3, (int64_t[]){batch, heads, n});
+    ATTN_TRY(attn_dense_forward(&w.settings, &w.in, call->t[O], &lse, &exec));
+    attn_dense_gradients to = {.q = call->grad[Q], .k = call->grad[K], .v = call->grad[V]};
+    ATTN_TRY(attn_dense_backward(&w.settings, &w.in, call->t[O], &lse, call->grad[O], &to, &exec));
+    if (p->rotary_dim > 0 && call->grad[Q] != NULL) {
+        ATTN_TRY(rotate(call, batch * heads, n, m - n, 1, attn_f32(call->grad[Q]), attn_f32(call->grad[Q])));
+    }
+    if (p->rotary_dim > 0 && call->grad[K] != NULL) {
+        ATTN_TRY(rotate(call, batch * attn_dim(call, "Hkv"), m, 0, 1, attn_f32(call->grad[K]), attn_f32(call->grad[K])));
+    }
+    return ATTN_OK;
+}
+
+static attn_status window_cost(attn_call *call, attn_cost *cost)
+{
+    const based_params *p = call->params;
+    int64_t n = attn_dim(call, "N"), m = attn_dim(call, "M");
+    double pairs = 0;
+    for (int64_t i = m - n; i < m; i++) {
+        pairs += i >= 0 ? (double)attn_min_i64(i, p->window) + 1 : 0;
+    }
+    cost->pairs = pairs * (double)(attn_dim(call, "B") * attn_dim(call, "H"));
+    cost->flops = 2 * cost->pairs * (double)(attn_dim(call, "D") + attn_dim(call, "Dv"));
+    return ATTN_OK;
+}
+
+const attn_op_class attn_op_based_window = {
+    .info = {.name = "based.window",
+             .title = "Based: exact attention in a small window, with rotary positions",
+             .summary = "Softmax attention to the token itself and `window` tokens before it, with rotary positions: the local half of Based.",
+             .paper = PAPER,
+             .differentiable = 1,
+             ATTN_TABLE(window_param_table, window_ports)},
+    .params_size = sizeof(based_params),
+    .bind = window_bind,
+    .forward = window_forward,
+    .backward = window_backward,
+    .cost = window_cost,
+};
+
+/* ---- based.conv ---- */
+
+static const attn_param_info conv_param_table[] = {
+    ATTN_P_INT("expand", based_params, expand, "4", 1, INFINITY, "width of the input projection, in C; E*C is even"),
+    ATTN_P_INT("kernel", based_params, kernel, "3", 1, INFINITY, "taps of the filters"),
+};
+
+enum { C_X, C_IN_W, C_IN_B, C_CONV_W, C_CONV_B, C_OUT_W, C_OUT_B, C_STATE, C_O, C_STATE_OUT };
+
+static const attn_port_info conv_ports[] = {
+    ATTN_IN("x", "B,N,C", FLOAT, ATTN_PORT_DIFF, "tokens"),
+    ATTN_IN("in_w", "W,C", FLOAT, ATTN_PORT_DIFF, "input projection, W = expand * C"),
+    ATTN_IN("in_b", "W", FLOAT, ATTN_PORT_OPTIONAL | ATTN_PORT_DIFF, "its bias"),
+    ATTN_IN("conv_w", "I,K", FLOAT, ATTN_PORT_DIFF, "a causal filter per inner channel, I = W/2; the last tap meets the current token"),
+    ATTN_IN("conv_b", "I", FLOAT, ATTN_PORT_OPTIONAL | ATTN_PORT_DIFF, "its bias"),
+    ATTN_IN("out_w", "C,I", FLOAT, ATTN_PORT_DIFF, "output projection"),
+    ATTN_IN("out_b", "C", FLOAT, ATTN_PORT_OPTIONAL | ATTN_PORT_DIFF, "its bias"),
+    ATTN_IN("state", "B,I,Ks", FLOAT, ATTN_PORT_OPTIONAL | ATTN_PORT_DIFF, "the K-1 filter inputs before x, oldest first (absent: zero)"),
+    ATTN_OUT("o", "B,N,C", FLOAT, ATTN_PORT_DIFF, "the layer's output"),
+    ATTN_OUT("state", "B,I,Kout", FLOAT, 0, "the K-1 filter inputs after x"),
+};
+
+static attn_status conv_bind(attn_call *call)
+{
+    const based_params *p = call->params;
+    int64_t c = attn_dim(call, "C"), width = attn_dim(call, "W");
+    if (p->expand * c % 2 != 0) {
+        return attn_fail(ATTN_ERR_ARGUMENT, "expand = %lld times C = %lld is odd, expected an even number", (long long)p->expand, (long long)c);
+    }
+    if (width != p->expand * c || attn_dim(call, "I") != width / 2) {
+        return attn_fail(ATTN_ERR_SHAPE, "in_w has %lld and conv_w %lld rows, expected expand * C = %lld and half of it", (long long)width,
+                         (long long)attn_dim(call, "I"), (long long)(p->expand * c));
+    }
+    if (attn_dim(call, "K") != p->kernel) {
+        return attn_fail(ATTN_ERR_SHAPE, "conv_w has %lld taps, expected kernel = %lld", (long long)attn_dim(call, "K"), (long long)p->kernel);
+    }
+    if (call->t[C_STATE] != NULL && attn_dim(call, "Ks") != p->kernel - 1) {
+        return attn_fail(ATTN_ERR_SHAPE, "state holds %lld tokens, expected kernel - 1 = %lld", (long long)attn_dim(call, "Ks"),
+                         (long long)(p->kernel - 1));
+    }
+    attn_set_dim(call, "Kout", p->kernel - 1);
+    return ATTN_OK;
+}
+
+typedef struct conv {
+    int64_t batch, n, rows, c, inner, kept; /* kept: K - 1 */
+    attn_conv1d filter;
+    float *u1, *u2, *y, *mixed; /* [rows, I] each; mixed = silu(y) * u2 */
+    float *state;               /* [B, kept, I], or NULL */
+} conv;
+
+/* [B, I, kept] to [B, kept, I], or back. */
+static void turn_state(const conv *c, const float *from, float *to, int back)
+{
+    for (int64_t b = 0; b < c->batch; b++) {
+        for (int64_t i = 0; i < c->inner; i++) {
+            for (int64_t t = 0; t < c->kept; t++) {
+                int64_t by_channel = (b * c->inner + i) * c->kept + t, by_token = (b * c->kept + t) * c->inner + i;
+                to[back ? by_channel : by_token] = from[back ? by_token : by_channel];
+            }
+        }
+    }
+}
+
+static attn_status conv_inner(attn_call *call, conv *c)
+{
+    float *u;
+    *c = (conv){.batch = attn_dim(call, "B"), .n = attn_dim(call, "N"), .c = attn_dim(call, "C"), .inner = attn_dim(call, "I"),
+                .kept = attn_dim(call, "K") - 1};
+    c->rows = c->batch * c->n;
+    ATTN_TRY(take(call, c->rows * 2 * c->inner, &u));
+    ATTN_TRY(take(call, c->rows * c->inner, &c->u1));
+    ATTN_TRY(take(call, c->rows * c->inner, &c->u2));
+    ATTN_TRY(take(call, c->rows * c->inner, &c->y));
+    ATTN_TRY(take(call, c->rows * c->inner, &c->mixed));
+    if (call->t[C_STATE] != NULL) {
+        ATTN_TRY(take(call, c->batch * c->kept * c->inner + 1, &c->state));
+        turn_state(c, attn_f32(call->t[C_STATE]), c->state, 0);
+    }
+    c->filter = (attn_conv1d){.sequences = c->batch, .length = c->n, .channels = c->inner, .taps = c->kept + 1, .sets = 1,
+                              .w = attn_f32(call->t[C_CONV_W]), .bias = attn_f32(call->t[C_CONV_B]), .state = c->state};
+    ATTN_TRY(attn_linear_forward(call->arena, call->threads, c->rows, c->c, 2 * c->inner, attn_f32(call->t[C_X]), attn_f32(call->t[C_IN_W]),
+                                 attn_f32(call->t[C_IN_B]), u));
+    for (int64_t r = 0; r < c->rows; r++) {
+        memcpy(c->u1 + r * c->inner, u + r * 2 * c->inner, (size_t)c->inner * sizeof *u);
+        memcpy(c->u2 + r * c->inner, u + (r * 2 + 1) * c->inner, (size_t)c->inner * sizeof *u);
+    }
+    attn_conv1d_forward(&c->filter, call->threads, c->u1, c->y);
+    attn_activation_forward(ATTN_ACTIVATION_SILU, call->threads, c->rows * c->inner, c->y, c->mixed);
+#pragma omp parallel for schedule(static) num_threads(call->threads) if (call->threads > 1)
+    for (int64_t i = 0; i < c->rows * c->inner; i++) {
+        c->mixed[i] *= c->u2[i];
+    }
+    return ATTN_OK;
+}
+
+/* The last K-1 filter inputs, of x or of the state before it. */
+static void save_state(const conv *c, float *out)
+{
+    for (int64_t b = 0; b < c->batch; b++) {
+        for (int64_t i = 0; i < c->inner; i++) {
+            for (int64_t t = 0; t < c->kept; t++) {
+                int64_t at = c->n - c->kept + t; /* negative: in the old state */
+                float *to = out + (b * c->inner + i) * c->kept + t;
+                if (at >= 0) {
+                    *to = c->u1[(b * c->n + at) * c->inner + i];
+                } else {
+                    *to = c->state != NULL ? c->state[(b * c->kept + c->kept + at) * c->inner + i] : 0;
+                }
+            }
+        }
+    }
+}
+
+static attn_status conv_forward(attn_call *call)
+{
+    conv c;
+    ATTN_TRY(conv_inner(call, &c));
+    save_state(&c, attn_f32(call->t[C_STATE_OUT]));
+    return attn_linear_forward(call->arena, call->threads, c.rows, c.inner, c.c, c.mixed, attn_f32(call->t[C_OUT_W]),
+                               attn_f32(call->t[C_OUT_B]), attn_f32(call->t[C_O]));
+}
+
+static attn_status conv_backward(attn_call *call)
+{
+    conv c;
+    float *gm, *gy, *gu, *gu1, *gstate = NULL;
+    ATTN_TRY(conv_inner(call, &c));
+    int64_t count = c.rows * c.inner;
+    ATTN_TRY(take(call, count, &gm));
+    ATTN_TRY(take(call, count, &gy));
+    ATTN_TRY(take(call, count, &gu1));
+    ATTN_TRY(take(call, 2 * count, &gu));
+    if (call->grad[C_STATE] != NULL) {
+        ATTN_TRY(take(call, c.batch * c.kept * c.inner + 1, &gstate));
+    }
+    ATTN_TRY(attn_linear_backward(call->arena, call->threads, c.rows, c.inner, c.c, c.mixed, attn_f32(call->t[C_OUT_W]),
+                                  attn_f32(call->grad[C_O]), gm, attn_f32(call->grad[C_OUT_W]), attn_f32(call->grad[C_OUT_B])));
+    for (int64_t i = 0; i < count; i++) {
+        double slope, f = attn_activation_at(ATTN_ACTIVATION_SILU, (double)c.y[i], &slope);
+        gu[(i / c.inner * 2 + 1) * c.inner + i % c.inner] = (float)((double)gm[i] * f);
+        gy[i] = (float)((double)(gm[i] * c.u2[i]) * slope);
+    }
+    ATTN_TRY(attn_conv1d_backward(&c.filter, call->arena, call->threads, c.u1, gy, gu1, gstate, attn_f32(call->grad[C_CONV_W]),
+                                  attn_f32(call->grad[C_CONV_B])));
+    for (int64_t r = 0; r < c.rows; r++) {
+        memcpy(gu + r * 2 * c.inner, gu1 + r * c.inner, (size_t)c.inner * sizeof *gu);
+    }
+    if (gstate != NULL) {
+        turn_state(&c, gstate, attn_f32(call->grad[C_STATE]), 1);
+    }
+    return attn_linear_backward(call->arena, call->threads, c.rows, c.c, 2 * c.inner, attn_f32(call->t[C_X]), attn_f32(call->t[C_IN_W]), gu,
+                                attn_f32(call->grad[C_X]), attn_f32(call->grad[C_IN_W]), attn_f32(call->grad[C_IN_B]));
+}
+
+static attn_status conv_cost(attn_call *call, attn_cost *cost)
+{
+    double rows = (double)(attn_dim(call, "B") * attn_dim(call, "N")), inner = (double)attn_dim(call, "I"), c = (double)attn_dim(call, "C");
+    cost->flops = rows * inner * (6 * c + 2 * (double)attn_dim(call, "K"));
+    return ATTN_OK;
+}
+
+const attn_op_class attn_op_based_conv = {
+    .info = {.name = "based.conv",
+             .title = "Based: gated short convolution",
+             .summary = "Tokens are projected to two halves; one passes through a causal filter of a few taps and gates the other. The state of "
+                        "generation is the filter's last inputs.",
+             .paper = PAPER,
+             .differentiable = 1,
+             ATTN_TABLE(conv_param_table, conv_ports)},
+    .params_size = sizeof(based_params),
+    .bind = conv_bind,
+    .forward = conv_forward,
+    .backward = conv_backward,
+    .cost = conv_cost,
+};
+
+/* ---- based.layer ---- */
+
+static const attn_param_info layer_param_table[] = {
+    ATTN_P_INT("heads", based_params, heads, NULL, 1, INFINITY, "attention heads"),
+    ATTN_P_INT("feature_dim", based_params, feature_dim, NULL, 1, INFINITY, "width of queries and keys of a head"),
+    CAUSAL_PARAM,
+};
+
+enum { L_X, L_Q, L_K, L_V, L_O_W, L_O };
+
+static const attn_port_info layer_ports[] = {
+    ATTN_IN("x", "B,N,C", FLOAT, ATTN_PORT_DIFF, "tokens"),
+    ATTN_IN("w_q", "Eq,C", FLOAT, ATTN_PORT_DIFF, "query projection, heads contiguous"),
+    ATTN_IN("w_k", "Eq,C", FLOAT, ATTN_PORT_DIFF, "key projection"),
+    ATTN_IN("w_v", "Ev,C", FLOAT, ATTN_PORT_DIFF, "value projection"),
+    ATTN_IN("w_o", "C,Ev", FLOAT, ATTN_PORT_DIFF, "output projection"),
+    ATTN_OUT("o", "B,N,C", FLOAT, ATTN_PORT_DIFF, "the layer's output"),
+};
+
+static attn_status layer_setup(const attn_call *call, core *c)
+{
+    const based_params *p = call->params;
+    int64_t eq = attn_dim(call, "Eq"), ev = attn_dim(call, "Ev"), n = attn_dim(call, "N");
+    if (eq != p->heads * p->feature_dim || ev % p->heads != 0 || ev < 1) {
+        return attn_fail(ATTN_ERR_SHAPE, "w_q and w_v have %lld and %lld rows, expected heads * feature_dim = %lld and a multiple of heads = %lld",
+                         (long long)eq, (long long)ev, (long long)(p->heads * p->feature_dim), (long long)p->heads);
+    }
+    *c = (core){.batch = attn_dim(call, "B"), .heads = p->heads, .kv_heads = p->heads, .n = n, .m = n, .d = p->feature_dim,
+                .dv = ev / p->heads, .causal = (int)p->causal, .normalize = 1, .scale = attn_default_scale(NAN, p->feature_dim),
+                .eps = 1e-12};
+    return ATTN_OK;
+}
+
+static attn_status layer_bind(attn_call *call)
+{
+    core c;
+    return layer_setup(call, &c);
+}
+
+/* rows [B, N, heads * width] to heads [B, heads, N, width], or back. */
+static void turn(const core *c, int threads, int64_t width, const float *from, float *to, int back)
+{
+#pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
+    for (int64_t r = 0; r < c->batch * c->n; r++) {
+        for (int64_t h = 0; h < c->heads; h++) {
+            int64_t row = (r * c->heads + h) * width, head = ((r / c->n * c->heads + h) * c->n + r % c->n) * width;
+            memcpy(to + (back ? row : head), from + (back ? head : row), (size_t)width * sizeof *to);
+        }
+    }
+}
+
+typedef struct layer_work {
+    float *in[3], *o, *z, *rows; /* q, k, v by head; the attention's output by head, its row sums, its output as rows */
+} layer_work;
+
+static int64_t layer_width(const core *c, int which) { return which < 2 ? c->d : c->dv; }
+
+static attn_status layer_inner(attn_call *call, const core *c, layer_work *w)
+{
+    int64_t rows = c->batch * c->n, most = attn_max_i64(c->d, c->dv) * c->heads;
+    float *spare;
+    ATTN_TRY(take(call, rows * most, &spare));
+    for (int i = 0; i < 3; i++) {
+        int64_t width = layer_width(c, i);
+        ATTN_TRY(take(call, rows * c->heads * width, &w->in[i]));
+        ATTN_TRY(attn_linear_forward(call->arena, call->threads, rows, attn_dim(call, "C"), c->heads * width, attn_f32(call->t[L_X]),
+                                     attn_f32(call->t[L_Q + i]), NULL, spare));
+        turn(c, call->threads, width, spare, w->in[i], 0);
+    }
+    ATTN_TRY(take(call, rows * c->heads * c->dv, &w->o));
+    ATTN_TRY(take(call, rows * c->heads * c->dv, &w->rows));
+    ATTN_TRY(take(call, rows * c->heads, &w->z));
+    ATTN_TRY(core_forward(call, c, w->in[0], w->in[1], w->in[2], w->o, w->z));
+    turn(c, call->threads, c->dv, w->o, w->rows, 1);
+    return ATTN_OK;
+}
+
+static attn_status layer_forward(attn_call *call)
+{
+    core c;
+    layer_work w;
+    ATTN_TRY(layer_setup(call, &c));
+    ATTN_TRY(layer_inner(call, &c, &w));
+    return attn_linear_forward(call->arena, call->threads, c.batch * c.n, c.heads * c.dv, attn_dim(call, "C"), w.rows,
+                               attn_f32(call->t[L_O_W]), NULL, attn_f32(call->t[L_O]));
+}
+
+static attn_status layer_backward(attn_call *call)
+{
+    core c;
+    layer_work w;
+    float *grad_rows, *grad_heads, *grads[3], *spare, *more, *grad_x = attn_f32(call->grad[L_X]);
+    ATTN_TRY(layer_setup(call, &c));
+    ATTN_TRY(layer_inner(call, &c, &w));
+    int64_t rows = c.batch * c.n, width = attn_dim(call, "C"), most = attn_max_i64(c.d, c.dv) * c.heads;
+    ATTN_TRY(take(call, rows * c.heads * c.dv, &grad_rows));
+    ATTN_TRY(take(call, rows * c.heads * c.dv, &grad_heads));
+    ATTN_TRY(take(call, rows * most, &spare));
+    ATTN_TRY(take(call, rows * width, &more));
+    for (int i = 0; i < 3; i++) {
+        ATTN_TRY(take(call, rows * c.heads * layer_width(&c, i), &grads[i]));
+    }
+    ATTN_TRY(attn_linear_backward(call->arena, call->threads, rows, c.heads * c.dv, width, w.rows, attn_f32(call->t[L_O_W]),
+                                  attn_f32(call->grad[L_O]), grad_rows, attn_f32(call->grad[L_O_W]), NULL));
+    turn(&c, call->threads, c.dv, grad_rows, grad_heads, 0);
+    ATTN_TRY(core_backward(call, &c, w.in[0], w.in[1], w.in[2], w.o, w.z, grad_heads, grads[0], grads[1], grads[2]));
+    for (int i = 0; i < 3; i++) {
+        int64_t own = layer_width(&c, i);
+        turn(&c, call->threads, own, grads[i], spare, 1);
+        ATTN_TRY(attn_linear_backward(call->arena, call->threads, rows, width, c.heads * own, attn_f32(call->t[L_X]),
+                                      attn_f32(call->t[L_Q + i]), spare, grad_x != NULL ? more : NULL, attn_f32(call->grad[L_Q + i]), NULL));
+        for (int64_t e = 0; e < rows * width && grad_x != NULL; e++) {
+            grad_x[e] += more[e];
+        }
+    }
+    return ATTN_OK;
+}
+
+static attn_status layer_cost(attn_call *call, attn_cost *cost)
+{
+    core c;
+    ATTN_TRY(layer_setup(call, &c));
+    cost->flops = core_flops(&c) + 4 * (double)(c.batch * c.n * attn_dim(call, "C")) * (double)(c.heads * (c.d + c.dv));
+    return ATTN_OK;
+}
+
+const attn_op_class attn_op_based_layer = {
+    .info = {.name = "based.layer",
+             .title = "A layer of Taylor linear attention",
+             .summary = "based between projections, without positions: the global half of Based.",
+             .paper = PAPER,
+             .differentiable = 1,
+             ATTN_TABLE(layer_param_table, layer_ports)},
+    .params_size = sizeof(based_params),
+    .bind = layer_bind,
+    .forward = layer_forward,
+    .backward = layer_backward,
+    .cost = layer_cost,
+};
