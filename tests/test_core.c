@@ -33,6 +33,30 @@ static void test_arena_grows_and_merges(void **state)
     attn_arena_destroy(arena);
 }
 
+/* A call inside a call, both with nothing allocated before them, on an arena that has to grow. */
+static void test_nested_calls_share_an_arena(void **state)
+{
+    (void)state;
+    attn_arena *arena;
+    attn_scratch outer, inner;
+    assert_int_equal(attn_arena_create(&arena, 100), ATTN_OK);
+    attn_exec exec = {.arena = arena};
+    for (size_t bytes = 1000; bytes < 100000; bytes *= 10) {
+        assert_int_equal(attn_scratch_begin(&outer, &exec), ATTN_OK);
+        assert_int_equal(attn_scratch_begin(&inner, &exec), ATTN_OK);
+        assert_non_null(attn_arena_alloc(arena, bytes));
+        assert_non_null(attn_arena_alloc(arena, 2 * bytes));
+        attn_scratch_end(&inner);
+        char *after = attn_arena_alloc(arena, bytes);
+        memset(after, 1, bytes);
+        attn_scratch_end(&outer);
+    }
+    size_t capacity = attn_arena_capacity(arena);
+    assert_non_null(attn_arena_alloc(arena, 10000));
+    assert_int_equal(attn_arena_capacity(arena), capacity);
+    attn_arena_destroy(arena);
+}
+
 static void test_message_may_quote_itself(void **state)
 {
     (void)state;
@@ -65,6 +89,7 @@ int main(void)
 {
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(test_arena_grows_and_merges),
+        cmocka_unit_test(test_nested_calls_share_an_arena),
         cmocka_unit_test(test_message_may_quote_itself),
         cmocka_unit_test(test_random_is_reproducible),
     };

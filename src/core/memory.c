@@ -102,6 +102,7 @@ typedef struct block {
 struct attn_arena {
     block *top;
     size_t capacity;
+    int calls; /* that use it at the moment, one inside the other */
 };
 
 _Static_assert(sizeof(block) <= ALIGNMENT, "the header must fit in one alignment unit");
@@ -132,6 +133,7 @@ attn_status attn_arena_create(attn_arena **arena, size_t bytes)
         return attn_fail_memory(first);
     }
     made->capacity = first;
+    made->calls = 0;
     *arena = made;
     return ATTN_OK;
 }
@@ -233,15 +235,18 @@ attn_status attn_scratch_begin(attn_scratch *scratch, const attn_exec *exec)
         scratch->arena = exec->arena;
     }
     scratch->mark = attn_arena_get_mark(scratch->arena);
+    scratch->arena->calls++;
     return ATTN_OK;
 }
 
 void attn_scratch_end(attn_scratch *scratch)
 {
+    int outermost = --scratch->arena->calls == 0;
     if (scratch->owned) {
         attn_arena_destroy(scratch->arena);
-    } else if (((block *)scratch->mark.block)->previous == NULL && scratch->mark.used == 0) {
-        attn_arena_reset(scratch->arena); /* keeps the memory for the next call */
+    } else if (outermost && ((block *)scratch->mark.block)->previous == NULL && scratch->mark.used == 0) {
+        /* Keeps the memory for the next call. Only the outermost one may: the others' marks are in the same block. */
+        attn_arena_reset(scratch->arena);
     } else {
         attn_arena_release(scratch->arena, scratch->mark);
     }
