@@ -206,11 +206,113 @@ static void davit_errors(void **unused)
     opcheck_fails(&window, ATTN_ERR_ARGUMENT, "window");
 }
 
+static void neighborhood(void **unused)
+{
+    (void)unused;
+    opcheck_case line = {.spec = "neighborhood:grid=[45],kernel=7,dilation=2,stride=3", .seed = 13};
+    opcheck_input(&line, "q", SHAPE(1, 4, 45, 5));
+    opcheck_input(&line, "k", SHAPE(1, 2, 45, 5));
+    opcheck_input(&line, "v", SHAPE(1, 2, 45, 6));
+    opcheck_input(&line, "rpb", SHAPE(4, 13));
+    opcheck_run(&line, 1e-2);
+    opcheck_case space = {.spec = "neighborhood:grid=[4,5,6],kernel=[3,2,4],causal=[true,false,false]", .seed = 14};
+    opcheck_input(&space, "q", SHAPE(2, 2, 120, 5));
+    opcheck_input(&space, "k", SHAPE(2, 1, 120, 5));
+    opcheck_input(&space, "v", SHAPE(2, 1, 120, 3));
+    opcheck_input(&space, "extra_k", SHAPE(2, 1, 3, 5));
+    opcheck_input(&space, "extra_v", SHAPE(2, 1, 3, 3));
+    opcheck_run(&space, 1e-2);
+    opcheck_case scores = {.spec = "neighborhood.qk:grid=[7,6],kernel=[4,3],stride=2", .seed = 15};
+    opcheck_input(&scores, "q", SHAPE(1, 2, 42, 5));
+    opcheck_input(&scores, "k", SHAPE(1, 1, 42, 5));
+    opcheck_input(&scores, "rpb", SHAPE(2, 7, 5));
+    opcheck_run(&scores, 1e-2);
+    opcheck_case values = {.spec = "neighborhood.av:grid=[7,6],kernel=[4,3]", .seed = 16};
+    opcheck_input(&values, "w", SHAPE(1, 2, 42, 12));
+    opcheck_input(&values, "v", SHAPE(1, 1, 42, 5));
+    opcheck_run(&values, 1e-2);
+    opcheck_case decode = {.spec = "neighborhood:grid=[9,6],kernel=3,causal=[true,false],dilation=[2,1],decode=true", .seed = 17};
+    opcheck_input(&decode, "q", SHAPE(1, 2, 54, 5));
+    opcheck_input(&decode, "k", SHAPE(1, 2, 54, 5));
+    opcheck_input(&decode, "v", SHAPE(1, 2, 54, 5));
+    opcheck_run(&decode, 0);
+}
+
+/* The published bounds of the second paper. */
+static void neighborhood_simulation(void **unused)
+{
+    (void)unused;
+    static const struct {
+        const char *spec;
+        double speedup;
+        int block_sparse;
+    } cases[] = {
+        {"neighborhood.simulate:grid=[32768],kernel=2048,q_tile=[256],kv_tile=[128]", 14.32, 0},
+        {"neighborhood.simulate:grid=[32768],kernel=2048,q_tile=[256],kv_tile=[128],stride=256", 16.0, 1},
+        {"neighborhood.simulate:grid=[256,256],kernel=80,q_tile=[16,16],kv_tile=[16,8]", 7.06, 0},
+        {"neighborhood.simulate:grid=[256,256],kernel=80,q_tile=[16,16],kv_tile=[16,8],stride=16", 10.24, 1},
+        {"neighborhood.simulate:grid=[30,48,80],kernel=[18,24,24],q_tile=[4,8,8],kv_tile=[2,8,8]", 4.92, 0},
+        {"neighborhood.simulate:grid=[30,48,80],kernel=[18,24,24],q_tile=[4,8,8],kv_tile=[2,8,8],stride=[16,8,8]", 10.42, 1},
+        {"neighborhood.simulate:grid=[64,64],kernel=24,q_tile=[8,8],kv_tile=[8,8]", 3.54, 0},
+        {"neighborhood.simulate:grid=[64,64],kernel=24,q_tile=[8,8],kv_tile=[8,8],stride=8", 7.11, 1},
+        {"neighborhood.simulate:grid=[64,64],kernel=24,q_tile=[8,8],kv_tile=[8,8],tiling=single", 2.67, 0},
+        {"neighborhood.simulate:grid=[16,32,32],kernel=12,q_tile=[4,4,4],kv_tile=[4,4,4]", 4.05, 0},
+        {"neighborhood.simulate:grid=[16,32,32],kernel=12,q_tile=[4,4,4],kv_tile=[4,4,4],stride=4", 9.48, 1},
+    };
+    for (size_t i = 0; i < sizeof cases / sizeof cases[0]; i++) {
+        attn_op *op;
+        float speedup;
+        uint8_t sparse;
+        assert_int_equal(attn_op_create(&op, cases[i].spec), ATTN_OK);
+        attn_named_tensor out[] = {{"speedup", attn_tensor_make(&speedup, ATTN_F32, 1, (int64_t[]){1})},
+                                   {"block_sparse", attn_tensor_make(&sparse, ATTN_BOOL, 1, (int64_t[]){1})}};
+        assert_int_equal(attn_op_forward(op, NULL, 0, out, 2, NULL), ATTN_OK);
+        attn_op_destroy(op);
+        if ((double)speedup < cases[i].speedup - 0.006 || (double)speedup > cases[i].speedup + 0.006 || sparse != cases[i].block_sparse) {
+            fail_msg("%s: speed-up %.3f, block-sparse %d, expected %.2f, %d", cases[i].spec, (double)speedup, sparse, cases[i].speedup,
+                     cases[i].block_sparse);
+        }
+    }
+}
+
+static void neighborhood_errors(void **unused)
+{
+    (void)unused;
+    static const char *const specs[][2] = {
+        {"neighborhood.mask:grid=[8,8],kernel=[3,5],dilation=[1,2]", "exceeds the grid's 8 positions on axis 1"},
+        {"neighborhood.mask:grid=[8],kernel=3,stride=4", "stride = 4, expected at most kernel = 3"},
+        {"neighborhood.mask:grid=[8],kernel=0", "kernel"},
+        {"neighborhood.mask:grid=[8,8],kernel=[3,3,3]", "kernel has 3 items, expected one, or 2"},
+        {"neighborhood.mask:grid=[2,2,2,2],kernel=1", "grid"},
+        {"neighborhood.simulate:grid=[8],kernel=3,q_tile=[0],kv_tile=[2]", "q_tile"},
+    };
+    for (size_t i = 0; i < sizeof specs / sizeof specs[0]; i++) {
+        opcheck_case c = {.spec = specs[i][0]};
+        opcheck_fails(&c, ATTN_ERR_ARGUMENT, specs[i][1]);
+    }
+    opcheck_case decode = {.spec = "neighborhood:grid=[8],kernel=3,decode=true"};
+    opcheck_input(&decode, "q", SHAPE(1, 1, 8, 4));
+    opcheck_input(&decode, "k", SHAPE(1, 1, 8, 4));
+    opcheck_input(&decode, "v", SHAPE(1, 1, 8, 4));
+    opcheck_fails(&decode, ATTN_ERR_ARGUMENT, "decode needs causal = true");
+    opcheck_case tokens = {.spec = "neighborhood:grid=[9],kernel=3"};
+    opcheck_input(&tokens, "q", SHAPE(1, 1, 8, 4));
+    opcheck_input(&tokens, "k", SHAPE(1, 1, 8, 4));
+    opcheck_input(&tokens, "v", SHAPE(1, 1, 8, 4));
+    opcheck_fails(&tokens, ATTN_ERR_SHAPE, "grid holds 9 tokens, the tensors have 8");
+    opcheck_case causal = {.spec = "neighborhood.qk:grid=[8],kernel=3,causal=true"};
+    opcheck_input(&causal, "q", SHAPE(1, 1, 8, 4));
+    opcheck_input(&causal, "k", SHAPE(1, 1, 8, 4));
+    opcheck_fails(&causal, ATTN_ERR_ARGUMENT, "windows of varying size have no slots");
+}
+
 int main(void)
 {
     const struct CMUnitTest tests[] = {cmocka_unit_test(halo), cmocka_unit_test(halo_big_window), cmocka_unit_test(halo_layer),
                                        cmocka_unit_test(halo_errors),     cmocka_unit_test(agent),
                                        cmocka_unit_test(agent_layer),     cmocka_unit_test(agent_errors),
-                                       cmocka_unit_test(davit),           cmocka_unit_test(davit_block),     cmocka_unit_test(davit_errors)};
+                                       cmocka_unit_test(davit),           cmocka_unit_test(davit_block),     cmocka_unit_test(davit_errors),
+                                       cmocka_unit_test(neighborhood),    cmocka_unit_test(neighborhood_simulation),
+                                       cmocka_unit_test(neighborhood_errors)};
     return cmocka_run_group_tests(tests, NULL, NULL);
 }

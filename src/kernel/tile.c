@@ -213,6 +213,18 @@ static float dot(const float *a, const float *b, int64_t count)
     return v_sum(v_add(s0, s1));
 }
 
+static void limit(float *s, const float *bound, int64_t count)
+{
+    int64_t j = 0;
+    for (; j + VW <= count; j += VW) {
+        v_store(s + j, v_min(v_load(s + j), v_load(bound + j)));
+    }
+    if (j < count) {
+        int rest = (int)(count - j);
+        v_store_n(s + j, v_min(v_load_n(s + j, rest), v_load_n(bound + j, rest)), rest);
+    }
+}
+
 static void grad_row(float *ds, const float *p, int64_t count, float delta)
 {
     vf by = v_set1(delta);
@@ -623,6 +635,7 @@ const attn_tile_kernels ATTN_K(attn_tile_kernels_table) = {
     .scale = scale,
     .softcap = softcap,
     .axpy = axpy,
+    .limit = limit,
     .dot = dot,
     .grad_row = grad_row,
     .load_row = load_row,

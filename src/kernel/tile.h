@@ -34,6 +34,8 @@ typedef struct attn_tile_kernels {
     /* to[i] += factor * from[i] */
     void (*axpy)(float *to, const float *from, int64_t count, float factor);
     float (*dot)(const float *a, const float *b, int64_t count);
+    /* s[i] = min(s[i], bound[i]): bounds of +inf and -inf are a mask. A NaN becomes the bound. */
+    void (*limit)(float *s, const float *bound, int64_t count);
 
     /* ds[i] = p[i] * (ds[i] - delta) */
     void (*grad_row)(float *ds, const float *p, int64_t count, float delta);

@@ -60,6 +60,13 @@
     X(mrsa_cfg)                    \
     X(mrsa_mask)                   \
     X(mrsa_noise)                  \
+    X(neighborhood)                \
+    X(neighborhood_av)             \
+    X(neighborhood_mask)           \
+    X(neighborhood_merge)          \
+    X(neighborhood_permute)        \
+    X(neighborhood_qk)             \
+    X(neighborhood_simulate)       \
     X(rat)                         \
     X(rat_decode)                  \
     X(rat_hybrid)                  \

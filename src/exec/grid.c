@@ -1,0 +1,244 @@
+/* Attention in neighbourhoods of a grid, forward. As the dense executor: online softmax over steps of keys that stay in cache while the
+ * queries of a tile go through them. Each register tile of neighbouring queries takes only the rows of the box that one of them
+ * sees, so that what is computed beyond the windows is one or two positions per axis; masks are minima with ready rows. */
+#include "exec/grid_work.h"
+
+#include <omp.h>
+#include <string.h>
+
+typedef enum grid_kind { FUSED, SCORES, VALUES } grid_kind;
+
+typedef struct forward {
+    grid_work work;
+    grid_kind kind;
+    int64_t window;      /* slots of a query */
+    float *o, *lse;
+    float *scores;       /* [batch, heads, N, window] */
+    const float *weights; /* the same */
+} forward;
+
+typedef struct worker {
+    float *k, *v, *scratch, *bounds; /* keys in panels, values in rows */
+    float *q, *o, *s, *m, *l, *alpha;
+    grid_row *rows;
+    grid_piece *pieces;
+    int hidden; /* some of the strip's queries do not see whole rows of the box */
+} worker;
+
+/* Part of a step that a unit takes: keys [from, to) from column `column` on. */
+typedef struct part {
+    int64_t from, to, column;
+} part;
+
+static attn_status worker_create(const forward *f, worker *x, attn_arena *arena)
+{
+    const grid_work *w = &f->work;
+    const attn_grid *g = w->g;
+    size_t keys = (size_t)attn_max_i64(w->box_keys, 1);
+    int64_t length = grid_bounds_length(w, GRID_STEP);
+    x->k = attn_arena_array(arena, keys, (size_t)g->d * sizeof(float));
+    x->v = attn_arena_array(arena, keys, (size_t)w->dv_pad * sizeof(float));
+    x->scratch = attn_arena_array(arena, (size_t)w->kernels->nr, (size_t)attn_max_i64(g->d, g->dv) * sizeof(float));
+    x->bounds = attn_arena_array(arena, (size_t)(w->tile_x * length), sizeof(float));
+    x->q = attn_arena_array(arena, GRID_ROWS, (size_t)g->d * sizeof(float));
+    x->o = attn_arena_array(arena, GRID_ROWS, (size_t)w->dv_pad * sizeof(float));
+    x->s = attn_arena_array(arena, (size_t)w->unit * GRID_STEP, sizeof(float));
+    x->m = attn_arena_array(arena, 3 * GRID_ROWS, sizeof(float));
+    x->rows = attn_arena_array(arena, GRID_ROWS, sizeof *x->rows);
+    x->pieces = attn_arena_array(arena, GRID_STEP, sizeof *x->pieces);
+    if (x->k == NULL || x->v == NULL || x->scratch == NULL || x->bounds == NULL || x->q == NULL || x->o == NULL || x->s == NULL ||
+        x->m == NULL || x->rows == NULL || x->pieces == NULL) {
+        return attn_fail_memory(keys * (size_t)(g->d + w->dv_pad) * sizeof(float));
+    }
+    x->l = x->m + GRID_ROWS;
+    x->alpha = x->l + GRID_ROWS;
+    return ATTN_OK;
+}
+
+/* Scores of rows [r, r + count) with keys [first, first + columns) of the box; first a multiple of vw. */
+static void products(const forward *f, const worker *x, int64_t r, int64_t count, int64_t first, int64_t columns, float *s)
+{
+    const attn_tile_kernels *kernels = f->work.kernels;
+    int64_t nr = kernels->nr, d = f->work.g->d, inside = first % nr;
+    const float *q = x->q + r * d, *panel = x->k + (first - inside) * d;
+    if (inside > 0) {
+        int64_t head = attn_min_i64(columns, nr - inside);
+        kernels->product(count, head, d, q, d, 1, panel + inside, nr, nr * d, s, GRID_STEP, 0);
+        columns -= head;
+        s += head;
+        panel += nr * d;
+    }
+    if (columns > 0) {
+        kernels->product(count, columns, d, q, d, 1, panel, nr, nr * d, s, GRID_STEP, 0);
+    }
+}
+
+/* Fill the scores of a unit for one part, ready for the softmax; or write them out; or take the weights. */
+static void fill(const forward *f, worker *x, const grid_task *t, int64_t head, int64_t r, int64_t count, const grid_union *u,
+                 const grid_piece *piece, const part *at, int64_t first, int64_t columns)
+{
+    const grid_work *w = &f->work;
+    int64_t length = grid_bounds_length(w, GRID_STEP), lead = at->from - first;
+    if (f->kind != VALUES) {
+        products(f, x, r, count, first, columns, x->s + at->column);
+    }
+    for (int64_t i = 0; i < count; i++) {
+        grid_row *row = &x->rows[r + i];
+        float *s = x->s + i * GRID_STEP + at->column;
+        int64_t slots = (head * w->n + row->token) * f->window;
+        if (f->kind == VALUES) {
+            attn_grid_slots(w, t, row, piece, at->from, at->to, (float *)(uintptr_t)f->weights + slots, s + lead, 1);
+            continue;
+        }
+        if (w->g->bias != NULL) {
+            attn_grid_bias(w, t, row, piece, at->from, at->to, (float *)(uintptr_t)w->g->bias + head % w->g->heads * (int64_t)w->bias_count,
+                           s + lead, f->kind == FUSED ? (float)ATTN_LOG2E : 1, 0);
+        }
+        if (f->kind == SCORES) {
+            attn_grid_slots(w, t, row, piece, at->from, at->to, f->scores + slots, s + lead, 0);
+        } else {
+            const float *bounds = x->hidden ? x->bounds + (row->place[2] - t->query[2][0]) * length : NULL;
+            attn_grid_mask(w, t, row, piece, first, columns, at->from, at->to, bounds, u->alike, s);
+        }
+    }
+}
+
+/* One register tile of queries against the pieces of a step. */
+static void attend(const forward *f, worker *x, const grid_task *t, int64_t head, int64_t r, int64_t count, int64_t pieces)
+{
+    const grid_work *w = &f->work;
+    const attn_tile_kernels *kernels = w->kernels;
+    grid_union u = attn_grid_union(x->rows + r, count);
+    part parts[GRID_STEP];
+    int64_t used = 0, columns = 0, vw = kernels->vw;
+    for (int64_t i = 0; i < pieces; i++) {
+        part *at = &parts[used];
+        grid_part(t, &u, &x->pieces[i], &at->from, &at->to);
+        if (at->from < at->to) {
+            int64_t first = at->from / vw * vw, some = attn_ceil_div(at->to - first, vw) * vw;
+            at->column = columns;
+            fill(f, x, t, head, r, count, &u, &x->pieces[i], at, first, some);
+            at->column += at->from - first;
+            columns += some;
+            used++;
+        }
+    }
+    if (columns == 0 || f->kind == SCORES) {
+        return;
+    }
+    if (f->kind == FUSED) {
+        kernels->softmax(count, x->s, GRID_STEP, columns, x->m + r, x->l + r, x->alpha);
+        for (int64_t i = 0; i < count; i++) {
+            if (x->alpha[i] != 1.0f) {
+                kernels->scale(x->o + (r + i) * w->dv_pad, w->dv_pad, x->alpha[i]);
+            }
+        }
+    }
+    for (int64_t i = 0; i < used; i++) {
+        kernels->product(count, w->dv_pad, parts[i].to - parts[i].from, x->s + parts[i].column, GRID_STEP, 1,
+                         x->v + parts[i].from * w->dv_pad, w->dv_pad, kernels->nr, x->o + r * w->dv_pad, w->dv_pad, 1);
+    }
+}
+
+static void finish(const forward *f, worker *x, int64_t head, int64_t rows)
+{
+    const grid_work *w = &f->work;
+    for (int64_t r = 0; r < rows && f->kind != SCORES; r++) {
+        float *o = x->o + r * w->dv_pad, l = x->l[r];
+        int64_t at = head * w->n + x->rows[r].token;
+        if (f->kind == FUSED) {
+            w->kernels->scale(o, w->g->dv, l > 0 ? 1 / l : l == 0 ? 0 : NAN);
+        }
+        memcpy(f->o + at * w->g->dv, o, (size_t)w->g->dv * sizeof *o);
+        if (f->lse != NULL) {
+            f->lse[at] = l == 0 ? -INFINITY : (float)(((double)x->m[r] + log2((double)l)) * ATTN_LN2);
+        }
+    }
+}
+
+static void run_task(const forward *f, worker *x, const grid_task *t, int64_t pair)
+{
+    const grid_work *w = &f->work;
+    const attn_grid *g = w->g;
+    float factor = (float)(f->kind == FUSED ? g->scale * ATTN_LOG2E : g->scale);
+    if (f->kind != VALUES) {
+        attn_grid_pack(w, t, pair, g->k, f->kind == FUSED ? g->extra_k : NULL, g->d, g->d, NULL, x->k, 1, x->scratch);
+    }
+    if (f->kind != SCORES) {
+        attn_grid_pack(w, t, pair, g->v, f->kind == FUSED ? g->extra_v : NULL, g->dv, w->dv_pad, x->v, NULL, 1, NULL);
+    }
+    x->hidden = attn_grid_bounds(w, t, grid_bounds_length(w, GRID_STEP), x->bounds);
+    int64_t tiles = attn_grid_tiles(w, t);
+    for (int64_t tile = 0; tile < tiles; tile++) {
+        int64_t rows = attn_grid_tile(w, t, tile, x->rows);
+        grid_union all = attn_grid_union(x->rows, rows);
+        for (int64_t h = 0; h < w->group; h++) {
+            int64_t head = pair / g->kv_heads * g->heads + pair % g->kv_heads * w->group + h, pieces;
+            for (int64_t r = 0; r < rows; r++) {
+                if (f->kind != VALUES) {
+                    w->kernels->load_row(x->q + r * g->d, g->q + (head * w->n + x->rows[r].token) * g->d, ATTN_F32, g->d, factor);
+                }
+                x->m[r] = -INFINITY;
+                x->l[r] = 0;
+            }
+            memset(x->o, 0, (size_t)(rows * w->dv_pad) * sizeof *x->o);
+            grid_walk walk;
+            attn_grid_walk_begin(&walk, t, all);
+            while ((pieces = attn_grid_walk_next(&walk, w, t, GRID_STEP, x->pieces)) > 0) {
+                for (int64_t r = 0; r < rows; r += w->unit) {
+                    attend(f, x, t, head, r, attn_min_i64(w->unit, rows - r), pieces);
+                }
+            }
+            finish(f, x, head, rows);
+        }
+    }
+}
+
+static attn_status run(forward *f, const attn_grid *grid, attn_arena *arena, int threads)
+{
+    if (grid->batch * grid->kv_heads == 0) {
+        return ATTN_OK;
+    }
+    grid_work *w = &f->work;
+    attn_arena_mark mark = attn_arena_get_mark(arena);
+    ATTN_TRY(attn_grid_work_create(w, grid, attn_tile_kernels_get()->mr, arena));
+    int64_t tasks = w->pairs * w->task_count;
+    threads = (int)attn_min_i64(threads, attn_max_i64(tasks, 1));
+    worker *workers = attn_arena_array(arena, (size_t)threads, sizeof *workers);
+    if (workers == NULL) {
+        return attn_fail_memory((size_t)threads * sizeof *workers);
+    }
+    for (int i = 0; i < threads; i++) {
+        ATTN_TRY(worker_create(f, &workers[i], arena));
+    }
+#pragma omp parallel for schedule(dynamic, 1) num_threads(threads)
+    for (int64_t i = 0; i < tasks; i++) {
+        run_task(f, &workers[omp_get_thread_num()], &w->tasks[i % w->task_count], i / w->task_count);
+    }
+    attn_arena_release(arena, mark);
+    return ATTN_OK;
+}
+
+attn_status attn_grid_forward(const attn_grid *grid, attn_arena *arena, int threads, float *o, float *lse)
+{
+    forward f = {.kind = FUSED, .o = o, .lse = lse};
+    return run(&f, grid, arena, threads);
+}
+
+attn_status attn_grid_scores(const attn_grid *grid, int64_t window, attn_arena *arena, int threads, float *scores)
+{
+    forward f = {.kind = SCORES, .window = window, .scores = scores};
+    attn_grid g = *grid;
+    g.extra = 0;
+    g.dv = 1;
+    return run(&f, &g, arena, threads);
+}
+
+attn_status attn_grid_values(const attn_grid *grid, int64_t window, attn_arena *arena, int threads, const float *w, float *o)
+{
+    forward f = {.kind = VALUES, .window = window, .weights = w, .o = o};
+    attn_grid g = *grid;
+    g.extra = 0;
+    g.d = 1;
+    return run(&f, &g, arena, threads);
+}

@@ -1,0 +1,454 @@
+/* How the grid executor cuts its work, copies keys, and finds what queries see. */
+#include "exec/grid_work.h"
+
+#include <string.h>
+
+enum { Z, Y, X };
+
+/* A key costs about as much to pack as this many products with a query. */
+#define PACK_COST 10.0
+#define ENOUGH_TASKS 16
+
+/* ---- Axes ---- */
+
+static void place_axes(grid_work *w)
+{
+    static const int64_t zero = 0, one = 1;
+    const attn_grid *g = w->g;
+    int64_t query_step = 1, key_step = 1, bias_step = 1;
+    int axis = X;
+    w->axis[Z] = w->axis[Y] = w->axis[X] = (grid_axis){.a = {1, 1, 0, 1, &zero, &one, 1}};
+    for (int i = g->rank - 1; i >= 0; i--) {
+        const attn_grid_axis *a = &g->axis[i];
+        /* One axis alone becomes y, and so does one before which x would be left empty. */
+        if (g->rank == 1) {
+            axis = Y;
+        }
+        w->axis[axis--] = (grid_axis){*a, query_step, key_step, bias_step};
+        query_step *= a->n;
+        key_step *= a->m;
+        bias_step *= 2 * a->reach - 1;
+    }
+    w->n = query_step;
+    w->m = key_step;
+    w->bias_count = (size_t)bias_step;
+}
+
+/* Places of the queries of a dilation group. */
+static void query_places(const attn_grid_axis *a, int64_t group, int64_t *from, int64_t *to)
+{
+    int64_t shift = a->first - group, d = a->dilation;
+    /* Smallest p with p*d >= shift, and the same for shift + n; shift may be negative. */
+    *from = shift >= 0 ? attn_ceil_div(shift, d) : -(-shift / d);
+    shift += a->n;
+    *to = shift >= 0 ? attn_ceil_div(shift, d) : -(-shift / d);
+}
+
+static int64_t query_number(const attn_grid_axis *a, int64_t group, int64_t place) { return place * a->dilation + group - a->first; }
+
+/* Places that the queries [from, to) of a group see together. */
+static void seen_places(const attn_grid_axis *a, int64_t group, int64_t from, int64_t to, int64_t seen[2])
+{
+    int64_t low = INT64_MAX, high = INT64_MIN;
+    for (int64_t p = from; p < to; p++) {
+        int64_t i = query_number(a, group, p);
+        if (a->start[i] < a->end[i]) {
+            low = attn_min_i64(low, a->start[i]);
+            high = attn_max_i64(high, a->end[i]);
+        }
+    }
+    seen[0] = low < high ? low : 0;
+    seen[1] = low < high ? high : 0;
+}
+
+/* ---- How to cut ---- */
+
+/* Mean number of places that runs of `count` queries see. */
+static double mean_extent(const attn_grid_axis *a, int64_t count)
+{
+    int64_t from, to, runs = 0, sum = 0;
+    query_places(a, 0, &from, &to);
+    for (int64_t p = from; p < to && runs < 256; p += count, runs++) {
+        int64_t seen[2];
+        seen_places(a, 0, p, attn_min_i64(to, p + count), seen);
+        sum += seen[1] - seen[0];
+    }
+    return runs > 0 ? (double)sum / (double)runs : 0;
+}
+
+/* Rows of y that each unit of a tile takes times their window, per query, for the first tiles of a strip. */
+static double tile_cost(const grid_work *w, int64_t tile_y, int64_t tile_x)
+{
+    const attn_grid_axis *a = &w->axis[Y].a;
+    int64_t from, to, queries = 0;
+    double sum = 0;
+    query_places(a, 0, &from, &to);
+    to = attn_min_i64(to, from + 512);
+    for (int64_t y = from; y < to; y += tile_y) {
+        int64_t rows = attn_min_i64(tile_y, to - y) * tile_x;
+        for (int64_t r = 0; r < rows; r += w->unit) {
+            int64_t seen[2], last = attn_min_i64(rows, r + w->unit) - 1;
+            seen_places(a, 0, y + r / tile_x, y + last / tile_x + 1, seen);
+            /* A tile of registers costs the same when it is not full. */
+            sum += (double)(seen[1] - seen[0]) * (double)(attn_ceil_div(last + 1 - r, w->kernels->mr) * w->kernels->mr);
+        }
+        queries += rows;
+    }
+    return queries > 0 ? sum / (double)queries : 0;
+}
+
+static void choose_tile(grid_work *w)
+{
+    int64_t from, to, y_from, y_to;
+    query_places(&w->axis[X].a, 0, &from, &to);
+    query_places(&w->axis[Y].a, 0, &y_from, &y_to);
+    double best = INFINITY, z = mean_extent(&w->axis[Z].a, 1), all_y = mean_extent(&w->axis[Y].a, y_to - y_from);
+    double packs = attn_max_i64(y_to - y_from, 1) > 1 ? 2 : all_y * z; /* keys of a column packed per query of it */
+    w->tile_x = w->tile_y = 1;
+    for (int64_t x = 1; x <= attn_min_i64(48, attn_max_i64(1, to - from)); x++) {
+        double width = mean_extent(&w->axis[X].a, x), pack = PACK_COST * packs * width / (double)x;
+        int64_t most = attn_max_i64(1, GRID_ROWS / x), least = attn_max_i64(1, GRID_ROWS / 2 / x);
+        for (int64_t y = least; y <= most; y++) {
+            double cost = tile_cost(w, y, x) * width * z + pack;
+            if (cost < best * 0.999) {
+                best = cost;
+                w->tile_y = y;
+                w->tile_x = x;
+            }
+        }
+    }
+}
+
+/* Queries of the slowest axis that a task takes: many, so that windows that reach beyond them count little, but not so many that there
+ * are few tasks. */
+static int64_t choose_chunk(const grid_work *w, int axis)
+{
+    const attn_grid_axis *a = &w->axis[axis].a;
+    double window = mean_extent(a, 1), volume = 1, others = (double)w->pairs;
+    int64_t tile = axis == Y ? w->tile_y : 1;
+    for (int i = 0; i < 3; i++) {
+        int64_t from, to;
+        query_places(&w->axis[i].a, 0, &from, &to);
+        volume *= mean_extent(&w->axis[i].a, 1);
+        others *= (double)(w->axis[i].a.dilation * (i == X ? attn_ceil_div(to - from, w->tile_x) : 1));
+    }
+    double width = mean_extent(&w->axis[X].a, w->tile_x), count = (double)a->n / (double)a->dilation;
+    int64_t chunk = attn_max_i64(32, (int64_t)(2 * window));
+    while (chunk > tile && others * ceil(count / (double)chunk) < ENOUGH_TASKS &&
+           PACK_COST * width / (double)w->tile_x * (1 + 2 * window / (double)chunk) < 0.1 * volume) {
+        chunk /= 2;
+    }
+    return attn_ceil_div(chunk, tile) * tile;
+}
+
+static void add_tasks(grid_work *w, const int64_t group[3], int axis, int64_t chunk)
+{
+    int64_t from[3], to[3];
+    for (int i = 0; i < 3; i++) {
+        query_places(&w->axis[i].a, group[i], &from[i], &to[i]);
+        if (from[i] >= to[i]) {
+            return;
+        }
+    }
+    for (int64_t x = from[X]; x < to[X]; x += w->tile_x) {
+        for (int64_t c = from[axis]; c < to[axis]; c += chunk) {
+            if (w->tasks != NULL) {
+                grid_task *t = &w->tasks[w->task_count];
+                for (int i = 0; i < 3; i++) {
+                    t->group[i] = group[i];
+                    t->query[i][0] = i == X ? x : i == axis ? c : from[i];
+                    t->query[i][1] = i == X ? attn_min_i64(x + w->tile_x, to[X]) : i == axis ? attn_min_i64(c + chunk, to[i]) : to[i];
+                    seen_places(&w->axis[i].a, group[i], t->query[i][0], t->query[i][1], t->key[i]);
+                }
+                w->box_keys = attn_max_i64(w->box_keys, grid_extra_first(w, t));
+                w->box_width = attn_max_i64(w->box_width, grid_task_extent(t, X));
+            }
+            w->task_count++;
+        }
+    }
+}
+
+attn_status attn_grid_work_create(grid_work *w, const attn_grid *grid, int64_t unit, attn_arena *arena)
+{
+    const attn_tile_kernels *kernels = attn_tile_kernels_get();
+    int64_t vw = kernels->vw, nr = kernels->nr;
+    *w = (grid_work){.g = grid, .kernels = kernels, .unit = unit, .d_pad = attn_ceil_div(grid->d, vw) * vw,
+                     .dv_pad = attn_ceil_div(grid->dv, vw) * vw, .group = grid->heads / grid->kv_heads,
+                     .pairs = grid->batch * grid->kv_heads};
+    place_axes(w);
+    choose_tile(w);
+    int axis = w->axis[Z].a.n > 1 ? Z : Y;
+    int64_t chunk = choose_chunk(w, axis);
+    for (int pass = 0; pass < 2; pass++) {
+        w->task_count = 0;
+        for (int64_t i = 0; i < w->axis[Z].a.dilation * w->axis[Y].a.dilation * w->axis[X].a.dilation; i++) {
+            int64_t x = w->axis[X].a.dilation, y = w->axis[Y].a.dilation;
+            add_tasks(w, (int64_t[]){i / (x * y), i / x % y, i % x}, axis, chunk);
+        }
+        if (pass == 0) {
+            w->tasks = attn_arena_array(arena, (size_t)w->task_count + 1, sizeof *w->tasks);
+            if (w->tasks == NULL) {
+                return attn_fail_memory((size_t)w->task_count * sizeof *w->tasks);
+            }
+        }
+    }
+    w->box_keys += attn_ceil_div(grid->extra, nr) * nr;
+    return ATTN_OK;
+}
+
+/* ---- Keys ---- */
+
+int64_t attn_grid_key_token(const grid_work *w, const grid_task *t, int64_t key)
+{
+    int64_t token = 0;
+    for (int i = 2; i >= 0; i--) {
+        int64_t extent = grid_task_extent(t, i), place = t->key[i][0] + key % extent;
+        token += (place * w->axis[i].a.dilation + t->group[i]) * w->axis[i].key_step;
+        key /= extent;
+    }
+    return token;
+}
+
+/* The keys of the box in order: a number of the current one's row and the token. */
+typedef struct key_walk {
+    const grid_work *w;
+    const grid_task *t;
+    int64_t key, left, token; /* left: in this row of the box */
+} key_walk;
+
+static int64_t next_token(key_walk *k)
+{
+    if (k->left == 0) {
+        k->left = grid_task_extent(k->t, X);
+        k->token = attn_grid_key_token(k->w, k->t, k->key);
+    } else {
+        k->token += k->w->axis[X].a.dilation * k->w->axis[X].key_step;
+    }
+    k->left--;
+    k->key++;
+    return k->token;
+}
+
+void attn_grid_pack(const grid_work *w, const grid_task *t, int64_t pair, const float *from, const float *extra, int64_t width,
+                    int64_t pad, float *rows, float *panels, float factor, float *scratch)
+{
+    const attn_tile_kernels *kernels = w->kernels;
+    int64_t nr = kernels->nr;
+    key_walk walk = {.w = w, .t = t};
+    for (int part = 0; part < (w->g->extra > 0 && extra != NULL ? 2 : 1); part++) {
+        int64_t first = part == 0 ? 0 : grid_extra_first(w, t), count = part == 0 ? grid_task_keys(t) : w->g->extra;
+        for (int64_t j = 0; j < count; j += nr) {
+            int64_t some = attn_min_i64(nr, count - j);
+            for (int64_t i = 0; i < some; i++) {
+                const float *row = part == 0 ? from + (pair * w->m + next_token(&walk)) * width : extra + (pair * count + j + i) * width;
+                if (rows != NULL) {
+                    float *to = rows + (first + j + i) * pad;
+                    memcpy(to, row, (size_t)width * sizeof *to);
+                    memset(to + width, 0, (size_t)(pad - width) * sizeof *to);
+                }
+                if (panels != NULL) {
+                    kernels->load_row(scratch + i * width, row, ATTN_F32, width, factor);
+                }
+            }
+            if (panels != NULL) {
+                memset(scratch + some * width, 0, (size_t)((nr - some) * width) * sizeof *scratch);
+                kernels->pack_transposed(panels + (first + j) * width, nr, scratch, ATTN_F32, width, nr, width);
+            }
+        }
+    }
+}
+
+/* ---- Queries ---- */
+
+int64_t attn_grid_tiles(const grid_work *w, const grid_task *t)
+{
+    return (t->query[Z][1] - t->query[Z][0]) * attn_ceil_div(t->query[Y][1] - t->query[Y][0], w->tile_y);
+}
+
+int64_t attn_grid_tile(const grid_work *w, const grid_task *t, int64_t tile, grid_row *rows)
+{
+    int64_t columns = attn_ceil_div(t->query[Y][1] - t->query[Y][0], w->tile_y), count = 0;
+    int64_t z = t->query[Z][0] + tile / columns, y0 = t->query[Y][0] + tile % columns * w->tile_y;
+    for (int64_t y = y0; y < attn_min_i64(y0 + w->tile_y, t->query[Y][1]); y++) {
+        for (int64_t x = t->query[X][0]; x < t->query[X][1]; x++) {
+            grid_row *row = &rows[count++];
+            *row = (grid_row){.place = {z, y, x}};
+            for (int i = 0; i < 3; i++) {
+                int64_t number = query_number(&w->axis[i].a, t->group[i], row->place[i]);
+                row->token += number * w->axis[i].query_step;
+                row->start[i] = w->axis[i].a.start[number] - t->key[i][0];
+                row->end[i] = w->axis[i].a.end[number] - t->key[i][0];
+                if (row->start[i] >= row->end[i]) {
+                    row->start[i] = row->end[i] = 0;
+                }
+            }
+        }
+    }
+    return count;
+}
+
+grid_union attn_grid_union(const grid_row *rows, int64_t count)
+{
+    grid_union u = {.start = {INT64_MAX, INT64_MAX}, .alike = 1};
+    for (int64_t r = 0; r < count; r++) {
+        const grid_row *row = &rows[r];
+        for (int i = 0; i < 2; i++) {
+            if (row->start[i] < row->end[i]) {
+                u.start[i] = attn_min_i64(u.start[i], row->start[i]);
+                u.end[i] = attn_max_i64(u.end[i], row->end[i]);
+            }
+            u.alike &= row->start[i] == rows[0].start[i] && row->end[i] == rows[0].end[i];
+        }
+    }
+    for (int i = 0; i < 2; i++) {
+        u.start[i] = attn_min_i64(u.start[i], u.end[i]);
+    }
+    return u;
+}
+
+void attn_grid_walk_begin(grid_walk *walk, const grid_task *t, grid_union tile)
+{
+    *walk = (grid_walk){.tile = tile, .z = grid_task_keys(t) > 0 ? tile.start[0] : tile.end[0]};
+    walk->at = (walk->z * grid_task_extent(t, Y) + tile.start[1]) * grid_task_extent(t, X);
+}
+
+int64_t attn_grid_walk_next(grid_walk *walk, const grid_work *w, const grid_task *t, int64_t step, grid_piece *pieces)
+{
+    int64_t vw = w->kernels->vw, width = grid_task_extent(t, X), height = grid_task_extent(t, Y), room = step, count = 0;
+    int64_t extra = grid_extra_first(w, t);
+    if (walk->z >= walk->tile.end[0] && walk->z >= 0) {
+        walk->z = -1;
+        walk->at = extra;
+    }
+    while (walk->z < walk->tile.end[0]) {
+        int64_t end = walk->z < 0 ? extra + w->g->extra : (walk->z * height + walk->tile.end[1]) * width;
+        int64_t low = walk->at / vw * vw, last = attn_min_i64(end, low + room);
+        /* No slivers: a piece that does not fit waits for the next step. */
+        if (last <= walk->at || (count > 0 && last < end)) {
+            if (walk->at < end) {
+                break;
+            }
+        } else {
+            pieces[count++] = (grid_piece){walk->z, walk->at, last};
+            room -= attn_ceil_div(last, vw) * vw - low;
+            walk->at = last;
+            if (last < end) {
+                break;
+            }
+        }
+        if (walk->z < 0) {
+            break;
+        }
+        walk->z++;
+        walk->at = (walk->z * height + walk->tile.start[1]) * width;
+    }
+    return count;
+}
+
+/* ---- Masks ---- */
+
+int attn_grid_bounds(const grid_work *w, const grid_task *t, int64_t length, float *bounds)
+{
+    const attn_grid_axis *a = &w->axis[X].a;
+    int64_t width = grid_task_extent(t, X);
+    int hidden = 0;
+    for (int64_t p = t->query[X][0]; p < t->query[X][1]; p++, bounds += length) {
+        int64_t i = query_number(a, t->group[X], p), start = a->start[i] - t->key[X][0], end = a->end[i] - t->key[X][0];
+        hidden |= start > 0 || end < width;
+        for (int64_t j = 0; j < attn_min_i64(width, length); j++) {
+            bounds[j] = j >= start && j < end ? INFINITY : -INFINITY;
+        }
+        for (int64_t j = width; j < length; j++) {
+            bounds[j] = bounds[j - width];
+        }
+    }
+    return hidden;
+}
+
+void attn_grid_mask(const grid_work *w, const grid_task *t, const grid_row *row, const grid_piece *piece, int64_t first, int64_t count,
+                    int64_t from, int64_t to, const float *bounds, int alike, float *s)
+{
+    int64_t width = grid_task_extent(t, X), base = piece->z * grid_task_extent(t, Y);
+    if (piece->z >= 0 && bounds != NULL) {
+        w->kernels->limit(s, bounds + first % width, count);
+    }
+    if (piece->z >= 0 && !alike) {
+        int seen = piece->z >= row->start[Z] && piece->z < row->end[Z];
+        from = attn_max_i64(from, (base + row->start[Y]) * width);
+        to = seen ? attn_min_i64(to, (base + row->end[Y]) * width) : from;
+    }
+    if (from > first || to < first + count) {
+        attn_dense_mask_row(s, first, count, from, to);
+    }
+}
+
+/* ---- Runs of visible keys ---- */
+
+grid_run attn_grid_run_begin(const grid_task *t, const grid_row *row, const grid_piece *piece, int64_t from, int64_t to)
+{
+    int64_t width = grid_task_extent(t, X), base = piece->z * grid_task_extent(t, Y);
+    int seen = piece->z >= row->start[Z] && piece->z < row->end[Z] && row->start[X] < row->end[X] && from < to;
+    grid_run run = {.y = 0, .y_end = 0};
+    if (seen) {
+        run.y = attn_max_i64(row->start[Y], from / width - base);
+        run.y_end = attn_min_i64(row->end[Y], (to - 1) / width + 1 - base);
+    }
+    return run;
+}
+
+int attn_grid_run_next(grid_run *run, const grid_work *w, const grid_task *t, const grid_row *row, const grid_piece *piece,
+                       int64_t from, int64_t to)
+{
+    int64_t width = grid_task_extent(t, X), base = piece->z * grid_task_extent(t, Y);
+    while (run->y < run->y_end) {
+        int64_t y = run->y, line = (base + y) * width;
+        int64_t low = attn_max_i64(from, line + row->start[X]), high = attn_min_i64(to, line + row->end[X]);
+        /* With one x, all y lie in a row. */
+        if (width == 1 && w->axis[Y].bias_step == 1) {
+            low = attn_max_i64(from, line);
+            high = attn_min_i64(to, base + run->y_end);
+            run->y = run->y_end;
+        } else {
+            run->y++;
+        }
+        if (low < high) {
+            int64_t window_x = row->end[X] - row->start[X], window_y = row->end[Y] - row->start[Y], x = low - line;
+            const int64_t place[] = {piece->z, y, x};
+            run->key = low;
+            run->count = high - low;
+            run->slot = ((piece->z - row->start[Z]) * window_y + y - row->start[Y]) * window_x + x - row->start[X];
+            run->bias = 0;
+            for (int i = 0; i < 3; i++) {
+                run->bias += (place[i] + t->key[i][0] - row->place[i] + w->axis[i].a.reach - 1) * w->axis[i].bias_step;
+            }
+            return 1;
+        }
+    }
+    return 0;
+}
+
+void attn_grid_bias(const grid_work *w, const grid_task *t, const grid_row *row, const grid_piece *piece, int64_t from, int64_t to,
+                    float *bias, float *s, float factor, int back)
+{
+    if (piece->z < 0) {
+        return;
+    }
+    grid_run run = attn_grid_run_begin(t, row, piece, from, to);
+    while (attn_grid_run_next(&run, w, t, row, piece, from, to)) {
+        float *table = bias + run.bias, *at = s + run.key - from;
+        w->kernels->axpy(back ? table : at, back ? at : table, run.count, factor);
+    }
+}
+
+void attn_grid_slots(const grid_work *w, const grid_task *t, const grid_row *row, const grid_piece *piece, int64_t from, int64_t to,
+                     float *slots, float *s, int back)
+{
+    if (back) {
+        memset(s, 0, (size_t)(to - from) * sizeof *s);
+    }
+    grid_run run = attn_grid_run_begin(t, row, piece, from, to);
+    while (attn_grid_run_next(&run, w, t, row, piece, from, to)) {
+        float *at = s + run.key - from, *slot = slots + run.slot;
+        memcpy(back ? at : slot, back ? slot : at, (size_t)run.count * sizeof *s);
+    }
+}

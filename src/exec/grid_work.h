@@ -1,0 +1,129 @@
+/* What the grid executor's forward and backward share: how the work is cut, the keys of a task, and who sees what.
+ *
+ * The axes become z, y, x (1-D grids are all y). A task is one dilation group's queries of a strip: some neighbouring x, all y (or a part
+ * of the slowest axis). All keys that they see form a box, copied row-major, so that the keys of a few neighbouring queries are
+ * a run of the box per z: whole rows of it, of which only both ends of each row are hidden. */
+#ifndef ATTN_EXEC_GRID_WORK_H
+#define ATTN_EXEC_GRID_WORK_H
+
+#include "exec/dense.h"
+#include "exec/grid.h"
+
+#define GRID_ROWS 96 /* queries of a tile, at most */
+#define GRID_STEP 512 /* keys that all queries of a tile go through together */
+
+typedef struct grid_axis {
+    attn_grid_axis a;
+    int64_t query_step, key_step, bias_step; /* distance of neighbours, in tokens or numbers */
+} grid_axis;
+
+/* In places of one dilation group: queries [from, to) and the keys [from, to) that they see, per axis. */
+typedef struct grid_task {
+    int64_t group[3], query[3][2], key[3][2];
+} grid_task;
+
+typedef struct grid_work {
+    const attn_grid *g;
+    const attn_tile_kernels *kernels;
+    grid_axis axis[3];
+    int64_t n, m;           /* tokens */
+    int64_t d_pad, dv_pad, group, pairs;
+    int64_t unit;           /* queries that take the same keys */
+    int64_t tile_y, tile_x; /* extents of a tile of queries */
+    grid_task *tasks;
+    int64_t task_count;
+    int64_t box_keys;  /* the most keys of a task, extra ones included, in whole panels */
+    int64_t box_width; /* the most keys of a row of a box */
+    size_t bias_count; /* numbers of a head's bias */
+} grid_work;
+
+/* A query of a tile; its window is relative to the task's box. */
+typedef struct grid_row {
+    int64_t token, place[3], start[3], end[3];
+} grid_row;
+
+/* A run of keys of the box with one z; z = -1: extra keys. */
+typedef struct grid_piece {
+    int64_t z, first, last;
+} grid_piece;
+
+attn_status attn_grid_work_create(grid_work *w, const attn_grid *grid, int64_t unit, attn_arena *arena);
+
+static inline int64_t grid_task_extent(const grid_task *t, int axis) { return t->key[axis][1] - t->key[axis][0]; }
+/* Keys of the box, and where extra ones begin. */
+static inline int64_t grid_task_keys(const grid_task *t)
+{
+    return grid_task_extent(t, 0) * grid_task_extent(t, 1) * grid_task_extent(t, 2);
+}
+static inline int64_t grid_extra_first(const grid_work *w, const grid_task *t)
+{
+    return attn_ceil_div(grid_task_keys(t), w->kernels->nr) * w->kernels->nr;
+}
+
+/* The box of a task from `from` (and `extra`), for key/value head `pair`: as rows [keys][pad], zero-padded, into `rows` unless NULL; and
+ * transposed in panels of nr keys, times a factor, unless `panels` is NULL. scratch: [nr][width]. */
+void attn_grid_pack(const grid_work *w, const grid_task *t, int64_t pair, const float *from, const float *extra, int64_t width,
+                    int64_t pad, float *rows, float *panels, float factor, float *scratch);
+
+/* Token of a key of the box. */
+int64_t attn_grid_key_token(const grid_work *w, const grid_task *t, int64_t key);
+
+/* The queries of tile number `tile` of a task; returns how many. */
+int64_t attn_grid_tiles(const grid_work *w, const grid_task *t);
+int64_t attn_grid_tile(const grid_work *w, const grid_task *t, int64_t tile, grid_row *rows);
+
+/* What rows see together: z and y ranges; alike: all see the same of both. */
+typedef struct grid_union {
+    int64_t start[2], end[2];
+    int alike;
+} grid_union;
+grid_union attn_grid_union(const grid_row *rows, int64_t count);
+
+/* The next keys that a tile goes through, at most `step` columns. */
+typedef struct grid_walk {
+    grid_union tile;
+    int64_t z, at;
+} grid_walk;
+void attn_grid_walk_begin(grid_walk *walk, const grid_task *t, grid_union tile);
+int64_t attn_grid_walk_next(grid_walk *walk, const grid_work *w, const grid_task *t, int64_t step, grid_piece *pieces);
+
+/* The keys [*from, *to) of a piece that any of the united rows may see. */
+static inline void grid_part(const grid_task *t, const grid_union *u, const grid_piece *piece, int64_t *from, int64_t *to)
+{
+    *from = piece->first;
+    *to = piece->last;
+    if (piece->z >= 0) {
+        int64_t width = grid_task_extent(t, 2), base = piece->z * grid_task_extent(t, 1);
+        int seen = piece->z >= u->start[0] && piece->z < u->end[0];
+        *from = attn_max_i64(*from, (base + u->start[1]) * width);
+        *to = seen ? attn_min_i64(*to, (base + u->end[1]) * width) : *from;
+    }
+}
+
+/* -inf for what a row does not see of keys [first, first + count) of a piece, of which only [from, to) belong to it. bounds: of the row's
+ * x, from attn_grid_bounds, or NULL when it sees whole rows; alike: its unit's rows see whole [from, to) but for x. */
+void attn_grid_mask(const grid_work *w, const grid_task *t, const grid_row *row, const grid_piece *piece, int64_t first, int64_t count,
+                    int64_t from, int64_t to, const float *bounds, int alike, float *s);
+
+/* For each x of a strip: +inf for keys of a row of the box that it sees, -inf for others, repeated. Returns whether any is hidden. Each
+ * of the tile_x tables holds grid_bounds_length() numbers. */
+static inline int64_t grid_bounds_length(const grid_work *w, int64_t step) { return w->box_width + step + w->kernels->nr; }
+int attn_grid_bounds(const grid_work *w, const grid_task *t, int64_t length, float *bounds);
+
+/* The runs of consecutive visible keys of a row within [from, to) of a piece; slot: of the first one in the row's window. */
+typedef struct grid_run {
+    int64_t key, count, slot, bias;
+    int64_t y, y_end; /* the walk's own */
+} grid_run;
+grid_run attn_grid_run_begin(const grid_task *t, const grid_row *row, const grid_piece *piece, int64_t from, int64_t to);
+int attn_grid_run_next(grid_run *run, const grid_work *w, const grid_task *t, const grid_row *row, const grid_piece *piece,
+                       int64_t from, int64_t to);
+
+/* s += factor * bias by offset on the visible keys of [from, to), s[0] belongs to `from`; or with `back` the bias += factor * s. */
+void attn_grid_bias(const grid_work *w, const grid_task *t, const grid_row *row, const grid_piece *piece, int64_t from, int64_t to,
+                    float *bias, float *s, float factor, int back);
+/* The visible keys of [from, to) between s and the slots of a row's window; back: from the slots, zeros elsewhere. */
+void attn_grid_slots(const grid_work *w, const grid_task *t, const grid_row *row, const grid_piece *piece, int64_t from, int64_t to,
+                     float *slots, float *s, int back);
+
+#endif
