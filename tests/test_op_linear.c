@@ -5,6 +5,7 @@
 #include <setjmp.h>
 #include <stdarg.h>
 #include <stddef.h>
+#include <stdio.h>
 #include <cmocka.h>
 
 static void lightning(void **unused)
@@ -44,6 +45,50 @@ static void tnl(void **unused)
     opcheck_input(&decode, "x", SHAPE(2, 9, 6));
     tnl_weights(&decode);
     opcheck_run(&decode, 0);
+}
+
+/* A sequence that is long enough to go through the layer in parts, against two calls that hand on the state. */
+static void tnl_long(void **unused)
+{
+    (void)unused;
+    enum { N = 2150, C = 6, FIRST = 1001 };
+    static float x[N * C], w_qkvu[32 * C], w_o[C * 8], w_1[7 * C], w_2[7 * C], w_3[C * 7], slope[2] = {0.01f, 0.3f}, theta[8];
+    static float whole[N * C], parts[N * C], state[2][2 * 8 * 4];
+    float *const all[] = {x, w_qkvu, w_o, w_1, w_2, w_3, theta};
+    const int counts[] = {N * C, 32 * C, C * 8, 7 * C, 7 * C, C * 7, 8};
+    for (int i = 0, seed = 1; i < 7; i++) {
+        for (int j = 0; j < counts[i]; j++, seed = seed * 75 % 65537) {
+            all[i][j] = (float)(seed % 1000) / 1000 - 0.5f;
+        }
+    }
+    for (int run = 0; run < 3; run++) {
+        char spec[48];
+        int64_t first = run == 2 ? FIRST : 0, n = run == 0 ? N : run == 1 ? FIRST : N - FIRST;
+        snprintf(spec, sizeof spec, "tnl:heads=2,eps=1e-3,offset=%d", (int)first);
+        attn_op *op;
+        assert_int_equal(attn_op_create(&op, spec), ATTN_OK);
+        attn_named_tensor in[] = {{"x", attn_tensor_make(x + first * C, ATTN_F32, 3, (int64_t[]){1, n, C})},
+                                  {"w_qkvu", attn_tensor_make(w_qkvu, ATTN_F32, 2, (int64_t[]){32, C})},
+                                  {"w_o", attn_tensor_make(w_o, ATTN_F32, 2, (int64_t[]){C, 8})},
+                                  {"w_1", attn_tensor_make(w_1, ATTN_F32, 2, (int64_t[]){7, C})},
+                                  {"w_2", attn_tensor_make(w_2, ATTN_F32, 2, (int64_t[]){7, C})},
+                                  {"w_3", attn_tensor_make(w_3, ATTN_F32, 2, (int64_t[]){C, 7})},
+                                  {"slope", attn_tensor_make(slope, ATTN_F32, 1, (int64_t[]){2})},
+                                  {"theta", attn_tensor_make(theta, ATTN_F32, 2, (int64_t[]){2, 4})},
+                                  {"kv_state", attn_tensor_make(state[0], ATTN_F32, 4, (int64_t[]){1, 2, 8, 4})}};
+        attn_named_tensor out[] = {{"o", attn_tensor_make(run == 0 ? whole : parts + first * C, ATTN_F32, 3, (int64_t[]){1, n, C})},
+                                   {"kv_state", attn_tensor_make(state[run == 1 ? 0 : 1], ATTN_F32, 4, (int64_t[]){1, 2, 8, 4})}};
+        /* The state of the second call is what the first one left. */
+        if (attn_op_forward(op, in, run == 2 ? 9 : 8, out, 2, NULL) != ATTN_OK) {
+            fail_msg("%s", attn_last_error());
+        }
+        attn_op_destroy(op);
+    }
+    for (int i = 0; i < N * C; i++) {
+        if (fabsf(whole[i] - parts[i]) > 2e-4f) {
+            fail_msg("token %d: %g in one call, %g in two", i / C, (double)whole[i], (double)parts[i]);
+        }
+    }
 }
 
 static void tnl_errors(void **unused)
@@ -218,7 +263,7 @@ static void based_errors(void **unused)
 
 int main(void)
 {
-    const struct CMUnitTest tests[] = {cmocka_unit_test(lightning), cmocka_unit_test(tnl), cmocka_unit_test(tnl_errors),
+    const struct CMUnitTest tests[] = {cmocka_unit_test(lightning), cmocka_unit_test(tnl), cmocka_unit_test(tnl_long), cmocka_unit_test(tnl_errors),
                                        cmocka_unit_test(flow), cmocka_unit_test(flow_conservation), cmocka_unit_test(flow_errors),
                                        cmocka_unit_test(based), cmocka_unit_test(based_layers), cmocka_unit_test(based_errors)};
     return cmocka_run_group_tests(tests, NULL, NULL);

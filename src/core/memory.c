@@ -101,7 +101,9 @@ typedef struct block {
 
 struct attn_arena {
     block *top;
+    block *spare; /* the largest one that a release has emptied, or NULL */
     size_t capacity;
+    size_t peak; /* the most that was in use at a time, as far as releases and resets have seen */
     int calls; /* that use it at the moment, one inside the other */
 };
 
@@ -132,6 +134,8 @@ attn_status attn_arena_create(attn_arena **arena, size_t bytes)
         attn_free(made);
         return attn_fail_memory(first);
     }
+    made->spare = NULL;
+    made->peak = 0;
     made->capacity = first;
     made->calls = 0;
     *arena = made;
@@ -151,18 +155,32 @@ void attn_arena_destroy(attn_arena *arena)
 {
     if (arena != NULL) {
         blocks_free(arena->top);
+        attn_free(arena->spare);
         attn_free(arena);
     }
 }
 
+static void note_peak(attn_arena *arena)
+{
+    size_t used = 0;
+    for (const block *b = arena->top; b != NULL; b = b->previous) {
+        used += b->used;
+    }
+    arena->peak = used > arena->peak ? used : arena->peak;
+}
+
 void attn_arena_reset(attn_arena *arena)
 {
-    if (arena->top->previous != NULL) {
-        /* Merge; when that is refused the largest (last) block alone remains. */
-        block *merged = block_create(arena->capacity);
+    note_peak(arena);
+    if (arena->top->previous != NULL || arena->spare != NULL) {
+        /* Merge; when that is refused the last block alone remains. */
+        attn_free(arena->spare);
+        arena->spare = NULL;
+        block *merged = block_create(arena->peak);
         if (merged != NULL) {
             blocks_free(arena->top);
             arena->top = merged;
+            arena->capacity = merged->capacity;
         } else {
             blocks_free(arena->top->previous);
             arena->top->previous = NULL;
@@ -179,7 +197,11 @@ void *attn_arena_alloc(attn_arena *arena, size_t bytes)
     }
     size_t rounded = (bytes + ALIGNMENT - 1) & ~(size_t)(ALIGNMENT - 1);
     block *top = arena->top;
-    if (rounded > top->capacity - top->used) {
+    if (rounded > top->capacity - top->used && arena->spare != NULL && rounded <= arena->spare->capacity) {
+        arena->spare->previous = top;
+        arena->top = top = arena->spare;
+        arena->spare = NULL;
+    } else if (rounded > top->capacity - top->used) {
         size_t capacity = rounded > 2 * top->capacity ? rounded : 2 * top->capacity;
         block *made = block_create(capacity);
         if (made == NULL && capacity > rounded) {
@@ -212,11 +234,20 @@ attn_arena_mark attn_arena_get_mark(attn_arena *arena)
 
 void attn_arena_release(attn_arena *arena, attn_arena_mark mark)
 {
+    note_peak(arena);
     while (arena->top != mark.block) {
-        block *previous = arena->top->previous;
-        arena->capacity -= arena->top->capacity;
-        attn_free(arena->top);
-        arena->top = previous;
+        block *emptied = arena->top, *smaller = arena->spare;
+        arena->top = emptied->previous;
+        if (smaller == NULL || emptied->capacity > smaller->capacity) {
+            emptied->used = 0;
+            arena->spare = emptied;
+        } else {
+            smaller = emptied;
+        }
+        if (smaller != NULL) {
+            arena->capacity -= smaller->capacity;
+            attn_free(smaller);
+        }
     }
     arena->top->used = mark.used;
 }

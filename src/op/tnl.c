@@ -539,13 +539,43 @@ static attn_status tnl_bind(attn_call *call)
     return ATTN_OK;
 }
 
+#define PART 1024 /* tokens of a long sequence that go through the layer together: what lies between stays in the caches */
+
+/* One sequence in parts that hand on their state. */
+static attn_status run_parts(attn_call *call, const layer *y, int64_t b)
+{
+    const core *g = &y->core;
+    int64_t state = g->heads * g->key * g->d, at = b * g->n * g->c;
+    float *spare, *out = attn_f32(call->t[STATE_OUT]) + b * state;
+    ATTN_TRY(take(call, state, &spare));
+    for (int64_t first = 0; first < g->n; first += PART) {
+        layer part = *y;
+        part.core.batch = 1;
+        part.core.n = part.core.rows = part.sglu.rows = attn_min_i64(PART, g->n - first);
+        part.core.offset = g->offset + first;
+        part.core.mask = g->mask != NULL ? g->mask + b * g->n + first : NULL;
+        part.core.state_in = g->state_in != NULL ? g->state_in + b * state : NULL;
+        if (first > 0) {
+            memcpy(spare, out, (size_t)state * sizeof *spare);
+            part.core.state_in = spare;
+        }
+        ATTN_TRY(layer_forward(call, &part, attn_f32(call->t[X]) + at + first * g->c, attn_f32(call->t[O]) + at + first * g->c, out));
+    }
+    return ATTN_OK;
+}
+
 static attn_status run_layer(attn_call *call, int by_token)
 {
     layer y;
     ATTN_TRY(layer_setup(call, &y));
     ATTN_TRY(attn_lightning_check_slopes(y.core.slope, y.core.heads));
     y.core.by_token = by_token;
-    return layer_forward(call, &y, attn_f32(call->t[X]), attn_f32(call->t[O]), attn_f32(call->t[STATE_OUT]));
+    for (int64_t b = 0; b < y.core.batch && y.core.n > 2 * PART; b++) {
+        ATTN_TRY(run_parts(call, &y, b));
+    }
+    return y.core.n > 2 * PART
+               ? ATTN_OK
+               : layer_forward(call, &y, attn_f32(call->t[X]), attn_f32(call->t[O]), attn_f32(call->t[STATE_OUT]));
 }
 
 static attn_status tnl_forward(attn_call *call) { return run_layer(call, 0); }
