@@ -3,6 +3,7 @@
  * around it, and token merging for diffusion models without training.
  */
 #include "layer/conv.h"
+#include "layer/heads.h"
 #include "layer/linear.h"
 #include "layer/norm.h"
 #include "layer/patch.h"
@@ -16,12 +17,6 @@
 
 #define PAPER "arXiv:2312.08874"
 #define LAYER_NORM_EPS 1e-5
-
-static attn_status take(attn_call *call, int64_t count, float **out)
-{
-    *out = attn_scratch_f32(call, count);
-    return *out != NULL ? ATTN_OK : attn_fail_memory((size_t)count * sizeof(float));
-}
 
 static void add(float *to, const float *from, int64_t count)
 {
@@ -108,8 +103,8 @@ static void add_shortcut(const core *c, const float *from, float *to, int back)
 static attn_status core_back(attn_call *call, const core *c, const core_gradients *g)
 {
     float *grad_agent_v, *more;
-    ATTN_TRY(take(call, c->batch * c->heads * c->a * c->dv, &grad_agent_v));
-    ATTN_TRY(take(call, c->batch * c->heads * c->a * c->d, &more));
+    ATTN_TRY(attn_take_f32(call, c->batch * c->heads * c->a * c->dv, &grad_agent_v));
+    ATTN_TRY(attn_take_f32(call, c->batch * c->heads * c->a * c->d, &more));
     attn_exec exec = {.threads = call->threads, .arena = call->arena};
     attn_dense_settings first = scaled(c->scale), second = scaled(c->scale2);
     attn_tensor bias, o = view(c->o, c->batch, c->heads, c->n, c->dv), lse = view3(c->lse2, c->batch, c->heads, c->n);
@@ -228,8 +223,8 @@ static attn_pool_grid pool_of(const attn_call *call, const core *c)
 static attn_status agent_prepare(attn_call *call, core *c, float *pooled)
 {
     int64_t heads = c->batch * c->heads;
-    ATTN_TRY(take(call, heads * c->a, &c->lse1));
-    ATTN_TRY(take(call, heads * c->n, &c->lse2));
+    ATTN_TRY(attn_take_f32(call, heads * c->a, &c->lse1));
+    ATTN_TRY(attn_take_f32(call, heads * c->n, &c->lse2));
     c->agents = attn_f32(call->t[AGENTS]);
     if (c->agents == NULL) {
         attn_pool_grid pool = pool_of(call, c);
@@ -257,10 +252,10 @@ static attn_status agent_backward(attn_call *call)
     float *pooled;
     ATTN_TRY(agent_setup(call, &c));
     int64_t heads = c.batch * c.heads, kv = c.batch * c.kv_heads;
-    ATTN_TRY(take(call, heads * c.a * c.d, &pooled));
+    ATTN_TRY(attn_take_f32(call, heads * c.a * c.d, &pooled));
     ATTN_TRY(agent_prepare(call, &c, pooled));
-    ATTN_TRY(take(call, heads * c.a * c.dv, &c.agent_v));
-    ATTN_TRY(take(call, heads * c.n * c.dv, &c.o));
+    ATTN_TRY(attn_take_f32(call, heads * c.a * c.dv, &c.agent_v));
+    ATTN_TRY(attn_take_f32(call, heads * c.n * c.dv, &c.o));
     ATTN_TRY(core_attend(call, &c));
     core_gradients g = {.o = attn_f32(call->grad[O]), .bias_an = attn_f32(call->grad[BIAS_AN]), .bias_na = attn_f32(call->grad[BIAS_NA])};
     float **wanted[] = {&g.q, &g.k, &g.v, &g.agents};
@@ -268,7 +263,7 @@ static attn_status agent_backward(attn_call *call)
     for (int i = 0; i < 4; i++) {
         *wanted[i] = attn_f32(call->grad[i]);
         if (*wanted[i] == NULL) {
-            ATTN_TRY(take(call, sizes[i], wanted[i]));
+            ATTN_TRY(attn_take_f32(call, sizes[i], wanted[i]));
         }
     }
     ATTN_TRY(core_back(call, &c, &g));
@@ -409,8 +404,8 @@ static void bias_na_back(const bias_shape *s, int threads, const float *grad, fl
 static attn_status bias_scratch(attn_call *call, const bias_shape *s, float **planes, float **small)
 {
     int64_t cells = attn_max_i64(s->grid[0] * s->grid[1], s->keys[0] * s->keys[1]);
-    ATTN_TRY(take(call, s->heads * s->a * cells, planes));
-    return take(call, s->heads * s->a * s->base[0] * s->base[1], small);
+    ATTN_TRY(attn_take_f32(call, s->heads * s->a * cells, planes));
+    return attn_take_f32(call, s->heads * s->a * s->base[0] * s->base[1], small);
 }
 
 #define BIAS_PORTS                                                                                                     \
@@ -648,18 +643,8 @@ static void to_windows(const layer *y, int threads, const float *from, float *to
     }
 }
 
-/* rows [images, tokens, C] at a stride of `row` floats to heads [images,H,tokens,d], or back. */
-static void to_heads(const layer *y, int threads, int64_t tokens, int64_t row, const float *from, float *to, int back)
-{
-    int64_t d = y->core.d;
-#pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
-    for (int64_t r = 0; r < y->images * tokens; r++) {
-        for (int64_t h = 0; h < y->heads; h++) {
-            int64_t in_row = r * row + h * d, in_head = ((r / tokens * y->heads + h) * tokens + r % tokens) * d;
-            memcpy(to + (back ? in_row : in_head), from + (back ? in_head : in_row), (size_t)d * sizeof *to);
-        }
-    }
-}
+/* Heads in rows [images, tokens, C]. */
+static attn_head_rows heads_of(const layer *y, int64_t tokens) { return (attn_head_rows){y->images, tokens, y->heads, y->core.d, y->c, 0}; }
 
 static attn_pool_grid layer_pool(const attn_call *call, const layer *y)
 {
@@ -692,21 +677,22 @@ static attn_status project(attn_call *call, const layer *y, inner *t)
 {
     core *c = (core *)&y->core;
     int64_t queries = y->images * c->n, keys = y->images * c->m;
+    attn_head_rows by_query = heads_of(y, c->n), by_key = heads_of(y, c->m);
     const float *w = attn_f32(call->t[W_QKV]), *b = attn_f32(call->t[B_QKV]);
     float *rows;
     attn_arena *arena = call->arena;
-    ATTN_TRY(take(call, queries * y->c, &c->q));
-    ATTN_TRY(take(call, keys * y->c, &c->k));
-    ATTN_TRY(take(call, keys * y->c, &c->v));
-    ATTN_TRY(take(call, attn_max_i64(queries, keys) * y->c, &rows));
-    ATTN_TRY(take(call, keys * y->c, &t->v_rows));
+    ATTN_TRY(attn_take_f32(call, queries * y->c, &c->q));
+    ATTN_TRY(attn_take_f32(call, keys * y->c, &c->k));
+    ATTN_TRY(attn_take_f32(call, keys * y->c, &c->v));
+    ATTN_TRY(attn_take_f32(call, attn_max_i64(queries, keys) * y->c, &rows));
+    ATTN_TRY(attn_take_f32(call, keys * y->c, &t->v_rows));
     ATTN_TRY(attn_linear_forward(arena, call->threads, queries, y->c, y->c, t->x, w, b, rows));
-    to_heads(y, call->threads, c->n, y->c, rows, c->q, 0);
+    attn_heads_split(&by_query, call->threads, rows, c->q);
     ATTN_TRY(attn_linear_forward(arena, call->threads, keys, y->c, y->c, t->kv_x, w + y->c * y->c, b != NULL ? b + y->c : NULL, rows));
-    to_heads(y, call->threads, c->m, y->c, rows, c->k, 0);
+    attn_heads_split(&by_key, call->threads, rows, c->k);
     ATTN_TRY(attn_linear_forward(arena, call->threads, keys, y->c, y->c, t->kv_x, w + 2 * y->c * y->c, b != NULL ? b + 2 * y->c : NULL,
                                  t->v_rows));
-    to_heads(y, call->threads, c->m, y->c, t->v_rows, c->v, 0);
+    attn_heads_split(&by_key, call->threads, t->v_rows, c->v);
     return ATTN_OK;
 }
 
@@ -715,7 +701,7 @@ static attn_status make_image(attn_call *call, const layer *y, inner *t)
 {
     t->v_image = t->v_rows;
     if (y->cls || y->reduction > 1) {
-        ATTN_TRY(take(call, y->images * y->cells * y->c, &t->v_image));
+        ATTN_TRY(attn_take_f32(call, y->images * y->cells * y->c, &t->v_image));
     }
     if (y->reduction > 1) {
         attn_resize resize = layer_resize(y);
@@ -732,39 +718,40 @@ static attn_status layer_inner(attn_call *call, layer *y, inner *t)
     core *c = &y->core;
     float *planes, *small, *by_row, *convolved;
     int64_t rows = y->images * c->n * y->c;
+    attn_head_rows by_query = heads_of(y, c->n);
     t->x = attn_f32(call->t[X]);
     if (y->windowed) {
-        ATTN_TRY(take(call, rows, &t->x));
+        ATTN_TRY(attn_take_f32(call, rows, &t->x));
         to_windows(y, call->threads, attn_f32(call->t[X]), t->x, 0);
     }
     t->kv_x = t->x;
     if (y->reduction > 1) {
         attn_patch patch = layer_patch(y);
         int64_t keys = y->images * c->m;
-        ATTN_TRY(take(call, keys * y->c, &t->patches));
-        ATTN_TRY(take(call, keys * y->c, &t->kv_x));
+        ATTN_TRY(attn_take_f32(call, keys * y->c, &t->patches));
+        ATTN_TRY(attn_take_f32(call, keys * y->c, &t->kv_x));
         ATTN_TRY(attn_patch_forward(&patch, call->arena, call->threads, t->x, attn_f32(call->t[SR_W]), attn_f32(call->t[SR_B]), t->patches));
         attn_norm_forward(ATTN_NORM_LAYER, call->threads, keys, y->c, LAYER_NORM_EPS, t->patches, attn_f32(call->t[LN_W]),
                           attn_f32(call->t[LN_B]), t->kv_x);
     }
     ATTN_TRY(project(call, y, t));
     ATTN_TRY(bias_scratch(call, &y->bias, &planes, &small));
-    ATTN_TRY(take(call, y->heads * c->a * c->m, &c->bias_an));
-    ATTN_TRY(take(call, y->heads * c->n * c->a, &c->bias_na));
+    ATTN_TRY(attn_take_f32(call, y->heads * c->a * c->m, &c->bias_an));
+    ATTN_TRY(attn_take_f32(call, y->heads * c->n * c->a, &c->bias_na));
     bias_set biases = bias_inputs(call->t + BIAS);
     make_bias_an(&y->bias, call->threads, &biases, planes, c->bias_an);
     make_bias_na(&y->bias, call->threads, &biases, planes, c->bias_na);
-    ATTN_TRY(take(call, y->images * y->heads * c->a * c->d, &c->agents));
-    ATTN_TRY(take(call, y->images * y->heads * c->a * c->d, &c->agent_v));
-    ATTN_TRY(take(call, y->images * y->heads * c->a, &c->lse1));
-    ATTN_TRY(take(call, y->images * y->heads * c->n, &c->lse2));
-    ATTN_TRY(take(call, rows, &c->o));
-    ATTN_TRY(take(call, rows, &by_row));
-    ATTN_TRY(take(call, y->images * y->cells * y->c, &convolved));
+    ATTN_TRY(attn_take_f32(call, y->images * y->heads * c->a * c->d, &c->agents));
+    ATTN_TRY(attn_take_f32(call, y->images * y->heads * c->a * c->d, &c->agent_v));
+    ATTN_TRY(attn_take_f32(call, y->images * y->heads * c->a, &c->lse1));
+    ATTN_TRY(attn_take_f32(call, y->images * y->heads * c->n, &c->lse2));
+    ATTN_TRY(attn_take_f32(call, rows, &c->o));
+    ATTN_TRY(attn_take_f32(call, rows, &by_row));
+    ATTN_TRY(attn_take_f32(call, y->images * y->cells * y->c, &convolved));
     attn_pool_grid pool = layer_pool(call, y);
     attn_pool_forward_mean(&pool, call->threads, c->q + y->cls * c->d, c->agents);
     ATTN_TRY(core_attend(call, c));
-    to_heads(y, call->threads, c->n, y->c, c->o, by_row, 1);
+    attn_heads_join(&by_query, call->threads, c->o, by_row);
     ATTN_TRY(make_image(call, y, t));
     attn_conv2d_forward(call->threads, y->images, y->grid[0], y->grid[1], y->c, 3, t->v_image, attn_f32(call->t[DWC_W]),
                         attn_f32(call->t[DWC_B]), convolved);
@@ -784,7 +771,7 @@ static attn_status layer_forward(attn_call *call)
     int64_t rows = y.images * y.core.n;
     float *o = attn_f32(call->t[Y]), *to = o;
     if (y.windowed) {
-        ATTN_TRY(take(call, rows * y.c, &to));
+        ATTN_TRY(attn_take_f32(call, rows * y.c, &to));
     }
     ATTN_TRY(attn_linear_forward(call->arena, call->threads, rows, y.c, y.c, t.rows, attn_f32(call->t[W_PROJ]), attn_f32(call->t[B_PROJ]),
                                  to));
@@ -799,9 +786,9 @@ static attn_status image_back(attn_call *call, const layer *y, const inner *t, c
 {
     const core *c = &y->core;
     float *grad_cells, *grad_image, *small;
-    ATTN_TRY(take(call, y->images * y->cells * y->c, &grad_cells));
-    ATTN_TRY(take(call, y->images * y->cells * y->c, &grad_image));
-    ATTN_TRY(take(call, y->images * c->m * y->c, &small));
+    ATTN_TRY(attn_take_f32(call, y->images * y->cells * y->c, &grad_cells));
+    ATTN_TRY(attn_take_f32(call, y->images * y->cells * y->c, &grad_image));
+    ATTN_TRY(attn_take_f32(call, y->images * c->m * y->c, &small));
     for (int64_t i = 0; i < y->images; i++) {
         memcpy(grad_cells + i * y->cells * y->c, grad_rows + (i * c->n + y->cls) * y->c, (size_t)(y->cells * y->c) * sizeof(float));
     }
@@ -825,8 +812,8 @@ static attn_status project_back(attn_call *call, const layer *y, const inner *t,
     const core *c = &y->core;
     float *more, *grad_kv, *w = attn_f32(call->t[W_QKV]), *gw = attn_f32(call->grad[W_QKV]), *gb = attn_f32(call->grad[B_QKV]);
     int64_t queries = y->images * c->n, keys = y->images * c->m, square = y->c * y->c;
-    ATTN_TRY(take(call, attn_max_i64(queries, keys) * y->c, &more));
-    ATTN_TRY(take(call, keys * y->c, &grad_kv));
+    ATTN_TRY(attn_take_f32(call, attn_max_i64(queries, keys) * y->c, &more));
+    ATTN_TRY(attn_take_f32(call, keys * y->c, &grad_kv));
     for (int i = 0; i < 3; i++) {
         float *to = i == 0 ? grad_x : i == 1 ? grad_kv : more;
         ATTN_TRY(attn_linear_backward(call->arena, call->threads, i == 0 ? queries : keys, y->c, y->c, i == 0 ? t->x : t->kv_x, w + i * square,
@@ -836,7 +823,7 @@ static attn_status project_back(attn_call *call, const layer *y, const inner *t,
     if (y->reduction > 1) {
         attn_patch patch = layer_patch(y);
         float *grad_patches;
-        ATTN_TRY(take(call, keys * y->c, &grad_patches));
+        ATTN_TRY(attn_take_f32(call, keys * y->c, &grad_patches));
         ATTN_TRY(attn_norm_backward(ATTN_NORM_LAYER, call->arena, call->threads, keys, y->c, LAYER_NORM_EPS, t->patches,
                                     attn_f32(call->t[LN_W]), grad_kv, grad_patches, attn_f32(call->grad[LN_W]), attn_f32(call->grad[LN_B])));
         ATTN_TRY(attn_patch_backward(&patch, call->arena, call->threads, t->x, attn_f32(call->t[SR_W]), grad_patches, more,
@@ -856,25 +843,26 @@ static attn_status layer_backward(attn_call *call)
     core *c = &y.core;
     int64_t queries = y.images * c->n * y.c, keys = y.images * c->m * y.c, agents = y.images * y.heads * c->a * c->d;
     float *grad_o = attn_f32(call->grad[Y]), *grad_rows, *grads[3], *planes, *small, *grad_x;
+    attn_head_rows by_query = heads_of(&y, c->n), by_key = heads_of(&y, c->m);
     core_gradients g;
     if (y.windowed) {
-        ATTN_TRY(take(call, queries, &grad_o));
+        ATTN_TRY(attn_take_f32(call, queries, &grad_o));
         to_windows(&y, call->threads, attn_f32(call->grad[Y]), grad_o, 0);
     }
-    ATTN_TRY(take(call, queries, &grad_rows));
-    ATTN_TRY(take(call, queries, &g.o));
-    ATTN_TRY(take(call, queries, &g.q));
-    ATTN_TRY(take(call, keys, &g.k));
-    ATTN_TRY(take(call, keys, &g.v));
-    ATTN_TRY(take(call, agents, &g.agents));
-    ATTN_TRY(take(call, y.heads * c->a * c->m, &g.bias_an));
-    ATTN_TRY(take(call, y.heads * c->n * c->a, &g.bias_na));
-    ATTN_TRY(take(call, queries, &grads[0]));
-    ATTN_TRY(take(call, keys, &grads[1]));
-    ATTN_TRY(take(call, keys, &grads[2]));
+    ATTN_TRY(attn_take_f32(call, queries, &grad_rows));
+    ATTN_TRY(attn_take_f32(call, queries, &g.o));
+    ATTN_TRY(attn_take_f32(call, queries, &g.q));
+    ATTN_TRY(attn_take_f32(call, keys, &g.k));
+    ATTN_TRY(attn_take_f32(call, keys, &g.v));
+    ATTN_TRY(attn_take_f32(call, agents, &g.agents));
+    ATTN_TRY(attn_take_f32(call, y.heads * c->a * c->m, &g.bias_an));
+    ATTN_TRY(attn_take_f32(call, y.heads * c->n * c->a, &g.bias_na));
+    ATTN_TRY(attn_take_f32(call, queries, &grads[0]));
+    ATTN_TRY(attn_take_f32(call, keys, &grads[1]));
+    ATTN_TRY(attn_take_f32(call, keys, &grads[2]));
     ATTN_TRY(attn_linear_backward(call->arena, call->threads, y.images * c->n, y.c, y.c, t.rows, attn_f32(call->t[W_PROJ]), grad_o, grad_rows,
                                   attn_f32(call->grad[W_PROJ]), attn_f32(call->grad[B_PROJ])));
-    to_heads(&y, call->threads, c->n, y.c, grad_rows, g.o, 0);
+    attn_heads_split(&by_query, call->threads, grad_rows, g.o);
     ATTN_TRY(core_back(call, c, &g));
     attn_pool_grid pool = layer_pool(call, &y);
     attn_pool_backward_mean(&pool, call->threads, g.agents, g.q + y.cls * c->d);
@@ -882,13 +870,13 @@ static attn_status layer_backward(attn_call *call)
     bias_set to = bias_inputs(call->grad + BIAS);
     bias_an_back(&y.bias, call->threads, g.bias_an, planes, small, &to);
     bias_na_back(&y.bias, call->threads, g.bias_na, planes, small, &to);
-    to_heads(&y, call->threads, c->n, y.c, g.q, grads[0], 1);
-    to_heads(&y, call->threads, c->m, y.c, g.k, grads[1], 1);
-    to_heads(&y, call->threads, c->m, y.c, g.v, grads[2], 1);
+    attn_heads_join(&by_query, call->threads, g.q, grads[0]);
+    attn_heads_join(&by_key, call->threads, g.k, grads[1]);
+    attn_heads_join(&by_key, call->threads, g.v, grads[2]);
     ATTN_TRY(image_back(call, &y, &t, grad_rows, grads[2]));
     grad_x = attn_f32(call->grad[X]);
     if (y.windowed || grad_x == NULL) {
-        ATTN_TRY(take(call, queries, &grad_x));
+        ATTN_TRY(attn_take_f32(call, queries, &grad_x));
     }
     ATTN_TRY(project_back(call, &y, &t, grads, grad_x));
     if (y.windowed && call->grad[X] != NULL) {

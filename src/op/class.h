@@ -125,6 +125,11 @@ static inline float *attn_scratch_f32(attn_call *call, int64_t count)
 {
     return attn_arena_array(call->arena, (size_t)count, sizeof(float));
 }
+static inline attn_status attn_take_f32(attn_call *call, int64_t count, float **out)
+{
+    *out = attn_scratch_f32(call, count);
+    return *out != NULL ? ATTN_OK : attn_fail_memory((size_t)count * sizeof(float));
+}
 static inline double attn_default_scale(double scale, int64_t head_size)
 {
     return isnan(scale) ? 1.0 / sqrt((double)head_size) : scale;

@@ -4,6 +4,7 @@
 #include "layer/activation.h"
 #include "layer/conv.h"
 #include "layer/ffn.h"
+#include "layer/heads.h"
 #include "layer/linear.h"
 #include "layer/norm.h"
 #include "layer/patch.h"
@@ -15,19 +16,6 @@
 
 enum { ORDER_VQK, ORDER_QKV };
 enum { SPATIAL, CHANNEL };
-
-static attn_status take(attn_call *call, int64_t count, float **out)
-{
-    *out = attn_scratch_f32(call, count);
-    return *out != NULL ? ATTN_OK : attn_fail_memory((size_t)count * sizeof(float));
-}
-
-static void add(float *to, const float *from, int64_t count)
-{
-    for (int64_t i = 0; i < count; i++) {
-        to[i] += from[i];
-    }
-}
 
 /* ---- Attention with projections ---- */
 
@@ -87,10 +75,10 @@ static attn_davit_channel channel_of(const mixer *m, const mixer_work *w)
 
 static attn_status mix(attn_call *call, const mixer *m, const float *x, mixer_work *w)
 {
-    ATTN_TRY(take(call, m->rows * 3 * m->c, &w->z));
-    ATTN_TRY(take(call, m->rows * m->c, &w->o));
-    ATTN_TRY(take(call, m->rows * m->heads, &w->lse));
-    ATTN_TRY(take(call, m->batch * m->c * (m->c / m->heads), &w->attn));
+    ATTN_TRY(attn_take_f32(call, m->rows * 3 * m->c, &w->z));
+    ATTN_TRY(attn_take_f32(call, m->rows * m->c, &w->o));
+    ATTN_TRY(attn_take_f32(call, m->rows * m->heads, &w->lse));
+    ATTN_TRY(attn_take_f32(call, m->batch * m->c * (m->c / m->heads), &w->attn));
     ATTN_TRY(attn_linear_forward(call->arena, call->threads, m->rows, m->c, 3 * m->c, x, m->w_qkv, m->b_qkv, w->z));
     if (m->kind == SPATIAL) {
         attn_windows windows = windows_of(m, w);
@@ -115,8 +103,8 @@ static attn_status mixer_backward(attn_call *call, const mixer *m, const float *
     float *go, *gz;
     int64_t d = m->c / m->heads;
     ATTN_TRY(mix(call, m, x, &w));
-    ATTN_TRY(take(call, m->rows * m->c, &go));
-    ATTN_TRY(take(call, m->rows * 3 * m->c, &gz));
+    ATTN_TRY(attn_take_f32(call, m->rows * m->c, &go));
+    ATTN_TRY(attn_take_f32(call, m->rows * 3 * m->c, &gz));
     memset(gz, 0, (size_t)(m->rows * 3 * m->c) * sizeof *gz);
     ATTN_TRY(attn_linear_backward(call->arena, call->threads, m->rows, m->c, m->c, w.o, m->w_proj, grad_y, go, to->w_proj, to->b_proj));
     if (m->kind == SPATIAL) {
@@ -324,7 +312,7 @@ static void positions(const block *b, int threads, const float *x, int w, float 
     } else {
         memcpy(y, conv, (size_t)count * sizeof *y);
     }
-    add(y, x, count);
+    attn_add_f32(threads, count, y, x);
 }
 
 /* grad [rows, C] is the gradient of y, then of x. spare, more: [rows, C] each. */
@@ -338,7 +326,7 @@ static void positions_back(const block *b, int threads, const float *x, int w, c
     }
     attn_conv2d_backward(threads, b->mixer.batch, b->height, b->width, b->mixer.c, 3, x, attn_f32(b->t[w]), spare, more,
                          attn_f32(b->grad[w]), attn_f32(b->grad[w + 1]));
-    add(grad, more, count);
+    attn_add_f32(threads, count, grad, more);
 }
 
 static attn_ffn ffn_of(const block *b)
@@ -363,12 +351,12 @@ static attn_status block_inner(attn_call *call, const block *b, const float *x, 
     int64_t count = b->mixer.rows * b->mixer.c;
     float **all[] = {&w->conv1, &w->x1, &w->n1, &w->x2, &w->conv2, &w->x3, &w->n3};
     for (int i = 0; i < 7; i++) {
-        ATTN_TRY(take(call, count, all[i]));
+        ATTN_TRY(attn_take_f32(call, count, all[i]));
     }
     positions(b, call->threads, x, CPE1_W, w->conv1, w->x1);
     norm(b, call->threads, LN1_W, w->x1, w->n1);
     ATTN_TRY(mixer_forward(call, &b->mixer, w->n1, w->x2));
-    add(w->x2, w->x1, count);
+    attn_add_f32(call->threads, count, w->x2, w->x1);
     positions(b, call->threads, w->x2, CPE2_W, w->conv2, w->x3);
     if (b->hidden > 0) {
         norm(b, call->threads, LN2_W, w->x3, w->n3);
@@ -384,7 +372,7 @@ static attn_status block_forward(attn_call *call, const block *b, const float *x
     if (b->hidden > 0) {
         attn_ffn ffn = ffn_of(b);
         ATTN_TRY(attn_ffn_forward(&ffn, call->arena, call->threads, b->mixer.rows, w.n3, o));
-        add(o, w.x3, count);
+        attn_add_f32(call->threads, count, o, w.x3);
     } else {
         memcpy(o, w.x3, (size_t)count * sizeof *o);
     }
@@ -398,22 +386,22 @@ static attn_status block_backward(attn_call *call, const block *b, const float *
     float *spare, *more;
     int64_t count = b->mixer.rows * b->mixer.c, rows = b->mixer.rows, c = b->mixer.c;
     ATTN_TRY(block_inner(call, b, x, &w));
-    ATTN_TRY(take(call, count, &spare));
-    ATTN_TRY(take(call, count, &more));
+    ATTN_TRY(attn_take_f32(call, count, &spare));
+    ATTN_TRY(attn_take_f32(call, count, &more));
     if (b->hidden > 0) {
         attn_ffn ffn = ffn_of(b);
         ATTN_TRY(attn_ffn_backward(&ffn, call->arena, call->threads, rows, w.n3, grad, spare, attn_f32(b->grad[FC1]), attn_f32(b->grad[B_FC1]),
                                    attn_f32(b->grad[FC2]), attn_f32(b->grad[B_FC2])));
         ATTN_TRY(attn_norm_backward(ATTN_NORM_LAYER, call->arena, call->threads, rows, c, NORM_EPS, w.x3, attn_f32(b->t[LN2_W]), spare, more,
                                     attn_f32(b->grad[LN2_W]), attn_f32(b->grad[LN2_B])));
-        add(grad, more, count);
+        attn_add_f32(call->threads, count, grad, more);
     }
     positions_back(b, call->threads, w.x2, CPE2_W, w.conv2, grad, spare, more);
     mixer_gradients to = {attn_f32(b->grad[QKV]), attn_f32(b->grad[B_QKV]), attn_f32(b->grad[PROJ]), attn_f32(b->grad[B_PROJ])};
     ATTN_TRY(mixer_backward(call, &b->mixer, w.n1, grad, spare, &to));
     ATTN_TRY(attn_norm_backward(ATTN_NORM_LAYER, call->arena, call->threads, rows, c, NORM_EPS, w.x1, attn_f32(b->t[LN1_W]), spare, more,
                                 attn_f32(b->grad[LN1_W]), attn_f32(b->grad[LN1_B])));
-    add(grad, more, count);
+    attn_add_f32(call->threads, count, grad, more);
     positions_back(b, call->threads, x, CPE1_W, w.conv1, grad, spare, more);
     return ATTN_OK;
 }
@@ -450,7 +438,7 @@ static attn_status single_backward(attn_call *call, int kind)
     float *grad;
     ATTN_TRY(block_setup(call, kind, BLOCK_FIRST, "F", &b));
     int64_t count = b.mixer.rows * b.mixer.c;
-    ATTN_TRY(take(call, count, &grad));
+    ATTN_TRY(attn_take_f32(call, count, &grad));
     memcpy(grad, attn_f32(call->grad[BLOCK_O]), (size_t)count * sizeof *grad);
     ATTN_TRY(block_backward(call, &b, attn_f32(call->t[BLOCK_X]), grad));
     if (call->grad[BLOCK_X] != NULL) {
@@ -532,7 +520,7 @@ static attn_status dual_forward(attn_call *call)
     block blocks[2];
     float *middle;
     ATTN_TRY(dual_setup(call, blocks));
-    ATTN_TRY(take(call, blocks[0].mixer.rows * blocks[0].mixer.c, &middle));
+    ATTN_TRY(attn_take_f32(call, blocks[0].mixer.rows * blocks[0].mixer.c, &middle));
     ATTN_TRY(block_forward(call, &blocks[0], attn_f32(call->t[DUAL_X]), middle));
     return block_forward(call, &blocks[1], middle, attn_f32(call->t[DUAL_O]));
 }
@@ -543,8 +531,8 @@ static attn_status dual_backward(attn_call *call)
     float *middle, *grad;
     ATTN_TRY(dual_setup(call, blocks));
     int64_t count = blocks[0].mixer.rows * blocks[0].mixer.c;
-    ATTN_TRY(take(call, count, &middle));
-    ATTN_TRY(take(call, count, &grad));
+    ATTN_TRY(attn_take_f32(call, count, &middle));
+    ATTN_TRY(attn_take_f32(call, count, &grad));
     ATTN_TRY(block_forward(call, &blocks[0], attn_f32(call->t[DUAL_X]), middle));
     memcpy(grad, attn_f32(call->grad[DUAL_O]), (size_t)count * sizeof *grad);
     ATTN_TRY(block_backward(call, &blocks[1], middle, grad));
@@ -639,7 +627,7 @@ static attn_status embed_forward(attn_call *call)
     float *x = attn_f32(call->t[E_X]), *o = attn_f32(call->t[E_O]), *ln_w = attn_f32(call->t[E_LN_W]), *ln_b = attn_f32(call->t[E_LN_B]);
     if (p->norm == NORM_FIRST) {
         float *normed;
-        ATTN_TRY(take(call, tokens * e.in, &normed));
+        ATTN_TRY(attn_take_f32(call, tokens * e.in, &normed));
         attn_norm_forward(ATTN_NORM_LAYER, call->threads, tokens, e.in, NORM_EPS, x, ln_w, ln_b, normed);
         x = normed;
     }
@@ -659,16 +647,16 @@ static attn_status embed_backward(attn_call *call)
     const float *x = attn_f32(call->t[E_X]), *grad = attn_f32(call->grad[E_O]), *ln_w = attn_f32(call->t[E_LN_W]);
     float *normed, *through, *grad_w = attn_f32(call->grad[E_LN_W]), *grad_b = attn_f32(call->grad[E_LN_B]);
     if (p->norm == NORM_FIRST) {
-        ATTN_TRY(take(call, tokens * e.in, &normed));
-        ATTN_TRY(take(call, tokens * e.in, &through));
+        ATTN_TRY(attn_take_f32(call, tokens * e.in, &normed));
+        ATTN_TRY(attn_take_f32(call, tokens * e.in, &through));
         attn_norm_forward(ATTN_NORM_LAYER, call->threads, tokens, e.in, NORM_EPS, x, ln_w, attn_f32(call->t[E_LN_B]), normed);
         ATTN_TRY(attn_patch_backward(&e, call->arena, call->threads, normed, attn_f32(call->t[E_W]), grad, through, attn_f32(call->grad[E_W]),
                                      attn_f32(call->grad[E_B])));
         return attn_norm_backward(ATTN_NORM_LAYER, call->arena, call->threads, tokens, e.in, NORM_EPS, x, ln_w, through,
                                   attn_f32(call->grad[E_X]), grad_w, grad_b);
     }
-    ATTN_TRY(take(call, cells * e.out, &normed)); /* the convolution before its norm */
-    ATTN_TRY(take(call, cells * e.out, &through));
+    ATTN_TRY(attn_take_f32(call, cells * e.out, &normed)); /* the convolution before its norm */
+    ATTN_TRY(attn_take_f32(call, cells * e.out, &through));
     ATTN_TRY(attn_patch_forward(&e, call->arena, call->threads, x, attn_f32(call->t[E_W]), attn_f32(call->t[E_B]), normed));
     ATTN_TRY(attn_norm_backward(ATTN_NORM_LAYER, call->arena, call->threads, cells, e.out, NORM_EPS, normed, ln_w, grad, through, grad_w,
                                 grad_b));

@@ -7,6 +7,7 @@
 #include "exec/linear.h"
 #include "kernel/tile.h"
 #include "layer/activation.h"
+#include "layer/heads.h"
 #include "layer/linear.h"
 #include "op/class.h"
 
@@ -103,12 +104,6 @@ static void map_back(int64_t kernel, const float *x, const float *y, float *grad
     }
 }
 
-static attn_status take(attn_call *call, int64_t count, float **out)
-{
-    *out = attn_scratch_f32(call, count);
-    return *out != NULL ? ATTN_OK : attn_fail_memory((size_t)count * sizeof(float));
-}
-
 static attn_status take_double(attn_call *call, int64_t count, double **out)
 {
     *out = attn_arena_array(call->arena, (size_t)count, sizeof **out);
@@ -118,10 +113,10 @@ static attn_status take_double(attn_call *call, int64_t count, double **out)
 static attn_status make_work(attn_call *call, const flow *f, flow_work *w, float *competition, float *allocation)
 {
     int64_t heads = f->batch * f->heads;
-    ATTN_TRY(take(call, heads * f->n * f->d, &w->q));
-    ATTN_TRY(take(call, heads * f->m * f->d, &w->k));
-    ATTN_TRY(take(call, heads * f->n * f->d, &w->qn));
-    ATTN_TRY(take(call, heads * f->m * f->dv, &w->w));
+    ATTN_TRY(attn_take_f32(call, heads * f->n * f->d, &w->q));
+    ATTN_TRY(attn_take_f32(call, heads * f->m * f->d, &w->k));
+    ATTN_TRY(attn_take_f32(call, heads * f->n * f->d, &w->qn));
+    ATTN_TRY(attn_take_f32(call, heads * f->m * f->dv, &w->w));
     ATTN_TRY(take_double(call, heads * f->n, &w->in));
     ATTN_TRY(take_double(call, heads * f->m, &w->out));
     ATTN_TRY(take_double(call, heads * f->m, &w->exps));
@@ -129,8 +124,8 @@ static attn_status make_work(attn_call *call, const flow *f, flow_work *w, float
     w->competition = competition;
     w->allocation = allocation;
     if (competition == NULL) {
-        ATTN_TRY(take(call, heads * f->m, &w->competition));
-        ATTN_TRY(take(call, heads * f->n, &w->allocation));
+        ATTN_TRY(attn_take_f32(call, heads * f->m, &w->competition));
+        ATTN_TRY(attn_take_f32(call, heads * f->n, &w->allocation));
     }
     w->clipped = attn_arena_array(call->arena, (size_t)(heads * f->m), 1);
     return w->clipped != NULL ? ATTN_OK : attn_fail_memory((size_t)(heads * f->m));
@@ -356,11 +351,11 @@ static attn_status core_backward(attn_call *call, const flow *f, const float *q,
     double *gi, *gal, *gc;
     int64_t heads = f->batch * f->heads, kv = heads / f->group;
     ATTN_TRY(make_work(call, f, &w, NULL, NULL));
-    ATTN_TRY(take(call, heads * f->n * f->dv, &r));
-    ATTN_TRY(take(call, heads * f->n * f->dv, &gr));
-    ATTN_TRY(take(call, heads * f->n * f->d, &gq));
-    ATTN_TRY(take(call, heads * f->m * f->d, &gk));
-    ATTN_TRY(take(call, heads * f->m * f->dv, &gw));
+    ATTN_TRY(attn_take_f32(call, heads * f->n * f->dv, &r));
+    ATTN_TRY(attn_take_f32(call, heads * f->n * f->dv, &gr));
+    ATTN_TRY(attn_take_f32(call, heads * f->n * f->d, &gq));
+    ATTN_TRY(attn_take_f32(call, heads * f->m * f->d, &gk));
+    ATTN_TRY(attn_take_f32(call, heads * f->m * f->dv, &gw));
     ATTN_TRY(take_double(call, heads * f->n, &gi));
     ATTN_TRY(take_double(call, heads * f->n, &gal));
     ATTN_TRY(take_double(call, heads * f->m, &gc));
@@ -671,17 +666,8 @@ static attn_status layer_bind(attn_call *call)
     return layer_setup(call, &y);
 }
 
-/* rows [B, count, E] to heads [B,H,count,d], or back. */
-static void turn(const flow *f, int threads, int64_t count, const float *from, float *to, int back)
-{
-#pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
-    for (int64_t r = 0; r < f->batch * count; r++) {
-        for (int64_t h = 0; h < f->heads; h++) {
-            int64_t row = (r * f->heads + h) * f->d, in_head = ((r / count * f->heads + h) * count + r % count) * f->d;
-            memcpy(to + (back ? row : in_head), from + (back ? in_head : row), (size_t)f->d * sizeof *to);
-        }
-    }
-}
+/* Heads in rows of `count` tokens. */
+static attn_head_rows heads_of(const flow *f, int64_t count) { return (attn_head_rows){f->batch, count, f->heads, f->d, f->heads * f->d, 0}; }
 
 /* Projections by head, and the attention's output as rows. */
 typedef struct inner {
@@ -693,20 +679,22 @@ static attn_status layer_inner(attn_call *call, const layer *y, inner *t)
     const flow *f = &y->flow;
     int64_t rows = f->batch * f->n, keys = f->batch * f->m, most = rows > keys ? rows : keys;
     float *spare;
-    ATTN_TRY(take(call, most * y->e, &spare));
-    ATTN_TRY(take(call, rows * y->e, &t->q));
-    ATTN_TRY(take(call, keys * y->e, &t->k));
-    ATTN_TRY(take(call, keys * y->e, &t->v));
-    ATTN_TRY(take(call, rows * y->e, &t->o));
+    ATTN_TRY(attn_take_f32(call, most * y->e, &spare));
+    ATTN_TRY(attn_take_f32(call, rows * y->e, &t->q));
+    ATTN_TRY(attn_take_f32(call, keys * y->e, &t->k));
+    ATTN_TRY(attn_take_f32(call, keys * y->e, &t->v));
+    ATTN_TRY(attn_take_f32(call, rows * y->e, &t->o));
     float *to[3] = {t->q, t->k, t->v};
     for (int i = 0; i < 3; i++) {
         const float *x = i == 0 ? attn_f32(call->t[X]) : y->memory;
         ATTN_TRY(attn_linear_forward(call->arena, call->threads, i == 0 ? rows : keys, y->c, y->e, x, attn_f32(call->t[W_Q + i]),
                                      attn_f32(call->t[B_Q + i]), spare));
-        turn(f, call->threads, i == 0 ? f->n : f->m, spare, to[i], 0);
+        attn_head_rows part = heads_of(f, i == 0 ? f->n : f->m);
+        attn_heads_split(&part, call->threads, spare, to[i]);
     }
     ATTN_TRY(core_forward(call, f, t->q, t->k, t->v, spare, NULL, NULL));
-    turn(f, call->threads, f->n, spare, t->o, 1);
+    attn_head_rows heads = heads_of(f, f->n);
+    attn_heads_join(&heads, call->threads, spare, t->o);
     return ATTN_OK;
 }
 
@@ -729,27 +717,29 @@ static attn_status layer_backward(attn_call *call)
     const flow *f = &y.flow;
     int64_t rows = f->batch * f->n, keys = f->batch * f->m, most = rows > keys ? rows : keys;
     float *go, *by_head, *grads[3], *spare, *more;
-    ATTN_TRY(take(call, rows * y.e, &go));
-    ATTN_TRY(take(call, rows * y.e, &by_head));
-    ATTN_TRY(take(call, rows * y.e, &grads[0]));
-    ATTN_TRY(take(call, keys * y.e, &grads[1]));
-    ATTN_TRY(take(call, keys * y.e, &grads[2]));
-    ATTN_TRY(take(call, most * y.e, &spare));
-    ATTN_TRY(take(call, most * y.c, &more));
+    ATTN_TRY(attn_take_f32(call, rows * y.e, &go));
+    ATTN_TRY(attn_take_f32(call, rows * y.e, &by_head));
+    ATTN_TRY(attn_take_f32(call, rows * y.e, &grads[0]));
+    ATTN_TRY(attn_take_f32(call, keys * y.e, &grads[1]));
+    ATTN_TRY(attn_take_f32(call, keys * y.e, &grads[2]));
+    ATTN_TRY(attn_take_f32(call, most * y.e, &spare));
+    ATTN_TRY(attn_take_f32(call, most * y.c, &more));
     ATTN_TRY(attn_linear_backward(call->arena, call->threads, rows, y.e, y.out, t.o, attn_f32(call->t[W_O]), attn_f32(call->grad[Y]), go,
                                   attn_f32(call->grad[W_O]), attn_f32(call->grad[B_O])));
-    turn(f, call->threads, f->n, go, by_head, 0);
+    attn_head_rows out = heads_of(f, f->n);
+    attn_heads_split(&out, call->threads, go, by_head);
     ATTN_TRY(core_backward(call, f, t.q, t.k, t.v, by_head, grads[0], grads[1], grads[2]));
     for (int i = 0; i < 3; i++) {
         int64_t count = i == 0 ? f->n : f->m;
         int from = i > 0 && call->t[MEMORY] != NULL ? MEMORY : X;
         float *grad_x = attn_f32(call->grad[from]);
-        turn(f, call->threads, count, grads[i], spare, 1);
+        attn_head_rows heads = heads_of(f, count);
+        attn_heads_join(&heads, call->threads, grads[i], spare);
         ATTN_TRY(attn_linear_backward(call->arena, call->threads, f->batch * count, y.c, y.e, attn_f32(call->t[from]),
                                       attn_f32(call->t[W_Q + i]), spare, grad_x != NULL ? more : NULL, attn_f32(call->grad[W_Q + i]),
                                       attn_f32(call->grad[B_Q + i])));
-        for (int64_t e = 0; e < f->batch * count * y.c && grad_x != NULL; e++) {
-            grad_x[e] += more[e];
+        if (grad_x != NULL) {
+            attn_add_f32(call->threads, f->batch * count * y.c, grad_x, more);
         }
     }
     return ATTN_OK;

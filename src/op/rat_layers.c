@@ -2,6 +2,7 @@
  * interleaves both.
  */
 #include "layer/ffn.h"
+#include "layer/heads.h"
 #include "layer/linear.h"
 #include "layer/norm.h"
 #include "layer/rope.h"
@@ -23,12 +24,14 @@ static float *floats(attn_call *call, int64_t count, attn_status *status)
 }
 
 /* Columns [from, from + heads*d) of rows [B*N][width] to [B*heads][N][d], or back. */
-static void move_heads(int64_t batch, int64_t n, int64_t heads, int64_t d, float *rows, int64_t width, int64_t from, float *split, int back)
+static void move_heads(int threads, int64_t batch, int64_t n, int64_t heads, int64_t d, float *rows, int64_t width, int64_t from,
+                       float *split, int back)
 {
-    for (int64_t i = 0; i < batch * n * heads; i++) {
-        int64_t t = i / heads, h = i % heads;
-        float *a = rows + t * width + from + h * d, *b = split + ((t / n * heads + h) * n + t % n) * d;
-        memcpy(back ? a : b, back ? b : a, (size_t)d * sizeof(float));
+    attn_head_rows shape = {batch, n, heads, d, width, from};
+    if (back) {
+        attn_heads_join(&shape, threads, split, rows);
+    } else {
+        attn_heads_split(&shape, threads, rows, split);
     }
 }
 
@@ -255,19 +258,21 @@ static attn_status rat_mix(attn_call *call, const shape *s, const weights *w, co
 {
     int64_t c = s->width, d = c / s->heads, tokens = s->batch * s->n;
     ATTN_TRY(mix_begin(call, s, w, x, rat_columns(s), f));
+#pragma omp parallel for schedule(static) num_threads(call->threads) if (call->threads > 1)
     for (int64_t i = 0; i < tokens * c; i++) {
         float *gate = f->proj + i / c * f->columns + 2 * c + i % c;
         *gate = (float)attn_sigmoid((double)*gate + (double)w->bias[i % c]);
     }
-    move_heads(s->batch, s->n, s->heads, d, f->proj, f->columns, c, f->v, 0);
-    move_heads(s->batch, s->n, s->heads, d, f->proj, f->columns, 2 * c, f->g, 0);
-    move_heads(s->batch, s->n, s->groups, d, f->proj, f->columns, 3 * c, f->q, 0);
-    move_heads(s->batch, s->n, s->groups, d, f->proj, f->columns, 3 * c + s->groups * d, f->k, 0);
+    move_heads(call->threads, s->batch, s->n, s->heads, d, f->proj, f->columns, c, f->v, 0);
+    move_heads(call->threads, s->batch, s->n, s->heads, d, f->proj, f->columns, 2 * c, f->g, 0);
+    move_heads(call->threads, s->batch, s->n, s->groups, d, f->proj, f->columns, 3 * c, f->q, 0);
+    move_heads(call->threads, s->batch, s->n, s->groups, d, f->proj, f->columns, 3 * c + s->groups * d, f->k, 0);
     f->core = (rat_core){.batch = s->batch, .heads = s->heads, .q_heads = s->groups, .k_heads = s->groups, .n = s->n, .d = d,
                          .chunk = s->chunk, .rotary_dim = s->rotary_dim, .tiled = 1, .scale = 1 / sqrt((double)d), .base = s->base,
                          .q = f->q, .k = f->k, .v = f->v, .g = f->g, .o = f->a};
     ATTN_TRY(rat_core_forward(call, &f->core));
-    move_heads(s->batch, s->n, s->heads, d, f->m, c, 0, f->a, 1);
+    move_heads(call->threads, s->batch, s->n, s->heads, d, f->m, c, 0, f->a, 1);
+#pragma omp parallel for schedule(static) num_threads(call->threads) if (call->threads > 1)
     for (int64_t i = 0; i < tokens * c; i++) {
         f->m[i] = (float)(attn_sigmoid((double)f->proj[i / c * f->columns + i % c]) * (double)f->m[i]);
     }
@@ -280,23 +285,16 @@ static attn_status local_mix(attn_call *call, const shape *s, const weights *w, 
     int64_t c = s->width, d = c / s->heads;
     attn_status status = ATTN_OK;
     ATTN_TRY(mix_begin(call, s, w, x, 3 * c, f));
-    move_heads(s->batch, s->n, s->heads, d, f->proj, f->columns, 0, f->v, 0);
-    move_heads(s->batch, s->n, s->heads, d, f->proj, f->columns, c, f->q, 0);
-    move_heads(s->batch, s->n, s->heads, d, f->proj, f->columns, 2 * c, f->k, 0);
+    move_heads(call->threads, s->batch, s->n, s->heads, d, f->proj, f->columns, 0, f->v, 0);
+    move_heads(call->threads, s->batch, s->n, s->heads, d, f->proj, f->columns, c, f->q, 0);
+    move_heads(call->threads, s->batch, s->n, s->heads, d, f->proj, f->columns, 2 * c, f->k, 0);
     f->local = (local){.batch = s->batch, .heads = s->heads, .kv_heads = s->heads, .n = s->n, .d = d, .window = s->window,
                        .rotary_dim = s->rotary_dim, .scale = 1 / sqrt((double)d), .base = s->base, .q = f->q, .k = f->k, .v = f->v,
                        .o = f->a, .lse = floats(call, s->batch * s->heads * s->n, &status)};
     ATTN_TRY(status);
     ATTN_TRY(local_forward(call, &f->local));
-    move_heads(s->batch, s->n, s->heads, d, f->m, c, 0, f->a, 1);
+    move_heads(call->threads, s->batch, s->n, s->heads, d, f->m, c, 0, f->a, 1);
     return ATTN_OK;
-}
-
-static void add(float *to, const float *from, int64_t count)
-{
-    for (int64_t i = 0; i < count; i++) {
-        to[i] += from[i];
-    }
 }
 
 /* Is the layer a RAT layer (is_rat) or a local one. */
@@ -308,7 +306,7 @@ static attn_status mixer_forward(attn_call *call, const shape *s, int is_rat, co
     ATTN_TRY(is_rat ? rat_mix(call, s, w, x, &f) : local_mix(call, s, w, x, &f));
     ATTN_TRY(attn_linear_forward(call->arena, call->threads, tokens, s->width, s->width, f.m, w->out, NULL, o));
     if (s->residual) {
-        add(o, x, tokens * s->width);
+        attn_add_f32(call->threads, tokens * s->width, o, x);
     }
     attn_arena_release(call->arena, mark);
     return ATTN_OK;
@@ -330,25 +328,28 @@ static attn_status mixer_backward(attn_call *call, const shape *s, int is_rat, c
     ATTN_TRY(attn_linear_backward(call->arena, call->threads, tokens, c, c, f.m, w->out, grad_o, dm, to->out, NULL));
     if (is_rat) {
         float *a = f.m; /* the attention by token; m itself is done with */
-        move_heads(s->batch, s->n, s->heads, d, a, c, 0, f.a, 1);
+        move_heads(call->threads, s->batch, s->n, s->heads, d, a, c, 0, f.a, 1);
+#pragma omp parallel for schedule(static) num_threads(call->threads) if (call->threads > 1)
         for (int64_t i = 0; i < size; i++) {
             double z = attn_sigmoid((double)f.proj[i / c * f.columns + i % c]);
             proj[i / c * f.columns + i % c] = (float)((double)dm[i] * (double)a[i] * z * (1 - z));
             dm[i] = (float)((double)dm[i] * z);
         }
-        move_heads(s->batch, s->n, s->heads, d, dm, c, 0, da, 0);
+        move_heads(call->threads, s->batch, s->n, s->heads, d, dm, c, 0, da, 0);
         memset(dq, 0, (size_t)size * sizeof(float));
         memset(dk, 0, (size_t)size * sizeof(float));
         rat_gradients g = {da, dq, dk, dv, dg};
         ATTN_TRY(rat_core_backward(call, &f.core, &g));
+#pragma omp parallel for schedule(static) num_threads(call->threads) if (call->threads > 1)
         for (int64_t i = 0; i < size; i++) {
             dg[i] *= f.g[i] * (1 - f.g[i]);
         }
-        move_heads(s->batch, s->n, s->heads, d, proj, f.columns, c, dv, 1);
-        move_heads(s->batch, s->n, s->heads, d, proj, f.columns, 2 * c, dg, 1);
-        move_heads(s->batch, s->n, s->groups, d, proj, f.columns, 3 * c, dq, 1);
-        move_heads(s->batch, s->n, s->groups, d, proj, f.columns, 3 * c + s->groups * d, dk, 1);
-        for (int64_t i = 0; i < c && to->bias != NULL; i++) {
+        move_heads(call->threads, s->batch, s->n, s->heads, d, proj, f.columns, c, dv, 1);
+        move_heads(call->threads, s->batch, s->n, s->heads, d, proj, f.columns, 2 * c, dg, 1);
+        move_heads(call->threads, s->batch, s->n, s->groups, d, proj, f.columns, 3 * c, dq, 1);
+        move_heads(call->threads, s->batch, s->n, s->groups, d, proj, f.columns, 3 * c + s->groups * d, dk, 1);
+#pragma omp parallel for schedule(static) num_threads(call->threads) if (call->threads > 1)
+        for (int64_t i = 0; i < (to->bias != NULL ? c : 0); i++) {
             double sum = 0;
             for (int64_t t = 0; t < tokens; t++) {
                 sum += (double)proj[t * f.columns + 2 * c + i];
@@ -356,16 +357,16 @@ static attn_status mixer_backward(attn_call *call, const shape *s, int is_rat, c
             to->bias[i] += (float)sum;
         }
     } else {
-        move_heads(s->batch, s->n, s->heads, d, dm, c, 0, da, 0);
+        move_heads(call->threads, s->batch, s->n, s->heads, d, dm, c, 0, da, 0);
         ATTN_TRY(local_backward(call, &f.local, da, dq, dk, dv));
-        move_heads(s->batch, s->n, s->heads, d, proj, f.columns, 0, dv, 1);
-        move_heads(s->batch, s->n, s->heads, d, proj, f.columns, c, dq, 1);
-        move_heads(s->batch, s->n, s->heads, d, proj, f.columns, 2 * c, dk, 1);
+        move_heads(call->threads, s->batch, s->n, s->heads, d, proj, f.columns, 0, dv, 1);
+        move_heads(call->threads, s->batch, s->n, s->heads, d, proj, f.columns, c, dq, 1);
+        move_heads(call->threads, s->batch, s->n, s->heads, d, proj, f.columns, 2 * c, dk, 1);
     }
     ATTN_TRY(attn_linear_backward(call->arena, call->threads, tokens, c, f.columns, f.y, w->in, proj, dm, to->in, NULL));
     ATTN_TRY(attn_norm_backward(ATTN_NORM_RMS, call->arena, call->threads, tokens, c, s->eps, x, w->norm, dm, grad_x, to->norm, NULL));
     if (s->residual) {
-        add(grad_x, grad_o, size);
+        attn_add_f32(call->threads, size, grad_x, grad_o);
     }
     attn_arena_release(call->arena, mark);
     return ATTN_OK;
@@ -386,7 +387,7 @@ static attn_status block_ffn_forward(attn_call *call, const shape *s, const weig
     ATTN_TRY(status);
     attn_norm_forward(ATTN_NORM_RMS, call->threads, tokens, s->width, s->eps, x, w->norm, NULL, y);
     ATTN_TRY(attn_ffn_forward(&ffn, call->arena, call->threads, tokens, y, o));
-    add(o, x, tokens * s->width);
+    attn_add_f32(call->threads, tokens * s->width, o, x);
     attn_arena_release(call->arena, mark);
     return ATTN_OK;
 }
@@ -403,7 +404,7 @@ static attn_status block_ffn_backward(attn_call *call, const shape *s, const wei
     attn_norm_forward(ATTN_NORM_RMS, call->threads, tokens, s->width, s->eps, x, w->norm, NULL, y);
     ATTN_TRY(attn_ffn_backward(&ffn, call->arena, call->threads, tokens, y, grad_o, dy, to->in, NULL, to->out, NULL));
     ATTN_TRY(attn_norm_backward(ATTN_NORM_RMS, call->arena, call->threads, tokens, s->width, s->eps, x, w->norm, dy, grad_x, to->norm, NULL));
-    add(grad_x, grad_o, size);
+    attn_add_f32(call->threads, size, grad_x, grad_o);
     attn_arena_release(call->arena, mark);
     return ATTN_OK;
 }

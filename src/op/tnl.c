@@ -4,6 +4,7 @@
  */
 #include "exec/linear.h"
 #include "layer/activation.h"
+#include "layer/heads.h"
 #include "layer/linear.h"
 #include "layer/norm.h"
 #include "op/lightning.h"
@@ -18,19 +19,6 @@ enum { ACT_SILU, ACT_ELU1, ACT_NONE };
 static attn_activation activation_of(int64_t act)
 {
     return act == ACT_SILU ? ATTN_ACTIVATION_SILU : act == ACT_ELU1 ? ATTN_ACTIVATION_ELU1 : ATTN_ACTIVATION_IDENTITY;
-}
-
-static attn_status take(attn_call *call, int64_t count, float **out)
-{
-    *out = attn_scratch_f32(call, count);
-    return *out != NULL ? ATTN_OK : attn_fail_memory((size_t)count * sizeof(float));
-}
-
-static void add(float *to, const float *from, int64_t count)
-{
-    for (int64_t i = 0; i < count; i++) {
-        to[i] += from[i];
-    }
 }
 
 /* ---- LRPE ---- */
@@ -159,17 +147,7 @@ static void split_head(const core *g, core_work *w, float *act, int64_t b, int64
     }
 }
 
-/* [B,heads,N,d] to [B,N,E], or back. */
-static void heads_to_rows(const core *g, int threads, const float *from, float *to, int back)
-{
-#pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
-    for (int64_t r = 0; r < g->rows; r++) {
-        for (int64_t h = 0; h < g->heads; h++) {
-            int64_t head = ((r / g->n * g->heads + h) * g->n + r % g->n) * g->d, row = r * g->e + h * g->d;
-            memcpy(to + (back ? head : row), from + (back ? row : head), (size_t)g->d * sizeof *to);
-        }
-    }
-}
+static attn_head_rows rows_of(const core *g) { return (attn_head_rows){g->batch, g->n, g->heads, g->d, g->e, 0}; }
 
 /* gated = u * normed; u lies in z. */
 static void gate(const core *g, int threads, const core_work *w, float *gated)
@@ -188,15 +166,15 @@ static attn_status core_inner(attn_call *call, const core *g, const float *x, co
 {
     int64_t wide = g->batch * g->heads * g->n * g->key, narrow = g->rows * g->e, states = g->batch * g->heads * g->key * g->d;
     float *by_head, *act;
-    ATTN_TRY(take(call, g->rows * 4 * g->e, &w->z));
-    ATTN_TRY(take(call, wide, &w->q));
-    ATTN_TRY(take(call, wide, &w->k));
-    ATTN_TRY(take(call, narrow, &w->v));
-    ATTN_TRY(take(call, narrow, &w->y));
-    ATTN_TRY(take(call, narrow, &w->normed));
-    ATTN_TRY(take(call, narrow, &w->gated));
-    ATTN_TRY(take(call, narrow, &by_head));
-    ATTN_TRY(take(call, g->theta != NULL ? g->heads * g->n * g->d : 1, &act));
+    ATTN_TRY(attn_take_f32(call, g->rows * 4 * g->e, &w->z));
+    ATTN_TRY(attn_take_f32(call, wide, &w->q));
+    ATTN_TRY(attn_take_f32(call, wide, &w->k));
+    ATTN_TRY(attn_take_f32(call, narrow, &w->v));
+    ATTN_TRY(attn_take_f32(call, narrow, &w->y));
+    ATTN_TRY(attn_take_f32(call, narrow, &w->normed));
+    ATTN_TRY(attn_take_f32(call, narrow, &w->gated));
+    ATTN_TRY(attn_take_f32(call, narrow, &by_head));
+    ATTN_TRY(attn_take_f32(call, g->theta != NULL ? g->heads * g->n * g->d : 1, &act));
     ATTN_TRY(lrpe_scratch(call, g->heads, g->d, &w->scratch));
     ATTN_TRY(attn_linear_forward(call->arena, call->threads, g->rows, g->c, 4 * g->e, x, g->w_qkvu, NULL, w->z));
     /* Heads in parallel, the batch inside: scratch belongs to a head. */
@@ -218,7 +196,8 @@ static attn_status core_inner(attn_call *call, const core *g, const float *x, co
     } else {
         ATTN_TRY(attn_linattn_forward(&shape, call->arena, call->threads, w->q, w->k, w->v, g->state_in, by_head, state_out));
     }
-    heads_to_rows(g, call->threads, by_head, w->y, 0);
+    attn_head_rows rows = rows_of(g);
+    attn_heads_join(&rows, call->threads, by_head, w->y);
     attn_norm_forward(ATTN_NORM_RMS, call->threads, g->rows, g->e, g->eps, w->y, NULL, NULL, w->normed);
     gate(g, call->threads, w, w->gated);
     return ATTN_OK;
@@ -267,16 +246,16 @@ static attn_status core_backward(attn_call *call, const core *g, const float *x,
     float *gated, *normed, *gy, *gq, *gk, *gv, *gz, *by_head, *act, *narrow;
     int64_t wide = g->batch * g->heads * g->n * g->key, rows_e = g->rows * g->e, lrpe = g->theta != NULL ? g->heads * g->n * g->d : 1;
     ATTN_TRY(core_inner(call, g, x, &w, NULL));
-    ATTN_TRY(take(call, rows_e, &gated));
-    ATTN_TRY(take(call, rows_e, &normed));
-    ATTN_TRY(take(call, rows_e, &gy));
-    ATTN_TRY(take(call, rows_e, &by_head));
-    ATTN_TRY(take(call, rows_e, &gv));
-    ATTN_TRY(take(call, wide, &gq));
-    ATTN_TRY(take(call, wide, &gk));
-    ATTN_TRY(take(call, g->rows * 4 * g->e, &gz));
-    ATTN_TRY(take(call, lrpe, &act));
-    ATTN_TRY(take(call, lrpe, &narrow));
+    ATTN_TRY(attn_take_f32(call, rows_e, &gated));
+    ATTN_TRY(attn_take_f32(call, rows_e, &normed));
+    ATTN_TRY(attn_take_f32(call, rows_e, &gy));
+    ATTN_TRY(attn_take_f32(call, rows_e, &by_head));
+    ATTN_TRY(attn_take_f32(call, rows_e, &gv));
+    ATTN_TRY(attn_take_f32(call, wide, &gq));
+    ATTN_TRY(attn_take_f32(call, wide, &gk));
+    ATTN_TRY(attn_take_f32(call, g->rows * 4 * g->e, &gz));
+    ATTN_TRY(attn_take_f32(call, lrpe, &act));
+    ATTN_TRY(attn_take_f32(call, lrpe, &narrow));
     ATTN_TRY(attn_linear_backward(call->arena, call->threads, g->rows, g->e, g->c, w.gated, g->w_o, grad_o, gated, to->w_o, NULL));
 #pragma omp parallel for schedule(static) num_threads(call->threads) if (call->threads > 1)
     for (int64_t r = 0; r < g->rows; r++) {
@@ -288,7 +267,8 @@ static attn_status core_backward(attn_call *call, const core *g, const float *x,
         }
     }
     ATTN_TRY(attn_norm_backward(ATTN_NORM_RMS, call->arena, call->threads, g->rows, g->e, g->eps, w.y, NULL, normed, gy, NULL, NULL));
-    heads_to_rows(g, call->threads, gy, by_head, 1);
+    attn_head_rows rows = rows_of(g);
+    attn_heads_split(&rows, call->threads, gy, by_head);
     attn_linattn shape = core_shape(g);
     ATTN_TRY(attn_linattn_backward(&shape, call->arena, call->threads, w.q, w.k, w.v, g->state_in, by_head, gq, gk, gv, to->state));
 #pragma omp parallel for schedule(static) num_threads(call->threads) if (call->threads > 1)
@@ -315,9 +295,9 @@ typedef struct sglu {
 
 static attn_status sglu_hidden(attn_call *call, const sglu *s, const float *x, float **a, float **b, float **product)
 {
-    ATTN_TRY(take(call, s->rows * s->f, a));
-    ATTN_TRY(take(call, s->rows * s->f, b));
-    ATTN_TRY(take(call, s->rows * s->f, product));
+    ATTN_TRY(attn_take_f32(call, s->rows * s->f, a));
+    ATTN_TRY(attn_take_f32(call, s->rows * s->f, b));
+    ATTN_TRY(attn_take_f32(call, s->rows * s->f, product));
     ATTN_TRY(attn_linear_forward(call->arena, call->threads, s->rows, s->c, s->f, x, s->w_1, NULL, *a));
     ATTN_TRY(attn_linear_forward(call->arena, call->threads, s->rows, s->c, s->f, x, s->w_2, NULL, *b));
 #pragma omp parallel for schedule(static) num_threads(call->threads) if (call->threads > 1)
@@ -340,8 +320,8 @@ static attn_status sglu_backward(attn_call *call, const sglu *s, const float *x,
 {
     float *a, *b, *product, *h, *more;
     ATTN_TRY(sglu_hidden(call, s, x, &a, &b, &product));
-    ATTN_TRY(take(call, s->rows * s->f, &h));
-    ATTN_TRY(take(call, s->rows * s->c, &more));
+    ATTN_TRY(attn_take_f32(call, s->rows * s->f, &h));
+    ATTN_TRY(attn_take_f32(call, s->rows * s->c, &more));
     ATTN_TRY(attn_linear_backward(call->arena, call->threads, s->rows, s->f, s->c, product, s->w_3, grad_o, h, grad_3, NULL));
 #pragma omp parallel for schedule(static) num_threads(call->threads) if (call->threads > 1)
     for (int64_t i = 0; i < s->rows * s->f; i++) {
@@ -353,7 +333,7 @@ static attn_status sglu_backward(attn_call *call, const sglu *s, const float *x,
     ATTN_TRY(attn_linear_backward(call->arena, call->threads, s->rows, s->c, s->f, x, s->w_2, b, grad_x != NULL ? more : NULL, grad_2,
                                   NULL));
     if (grad_x != NULL) {
-        add(grad_x, more, s->rows * s->c);
+        attn_add_f32(call->threads, s->rows * s->c, grad_x, more);
     }
     return ATTN_OK;
 }
@@ -377,8 +357,8 @@ static attn_status layer_forward(attn_call *call, const layer *y, const float *x
     int64_t count = g->rows * g->c;
     float *normed, *update;
     attn_arena_mark mark = attn_arena_get_mark(call->arena);
-    ATTN_TRY(take(call, count, &normed));
-    ATTN_TRY(take(call, count, &update));
+    ATTN_TRY(attn_take_f32(call, count, &normed));
+    ATTN_TRY(attn_take_f32(call, count, &update));
     attn_norm_forward(ATTN_NORM_RMS, call->threads, g->rows, g->c, g->eps, x, NULL, NULL, normed);
     ATTN_TRY(core_forward(call, g, normed, update, state_out));
     for (int64_t i = 0; i < count; i++) {
@@ -386,7 +366,7 @@ static attn_status layer_forward(attn_call *call, const layer *y, const float *x
     }
     attn_norm_forward(ATTN_NORM_RMS, call->threads, g->rows, g->c, g->eps, o, NULL, NULL, normed);
     ATTN_TRY(sglu_forward(call, &y->sglu, normed, update));
-    add(o, update, count);
+    attn_add_f32(call->threads, count, o, update);
     attn_arena_release(call->arena, mark);
     return ATTN_OK;
 }
@@ -399,20 +379,20 @@ static attn_status layer_backward(attn_call *call, const layer *y, const float *
     int64_t count = g->rows * g->c;
     float *normed, *middle, *middle_normed, *grad, *through, *grad_middle;
     attn_arena_mark mark = attn_arena_get_mark(call->arena);
-    ATTN_TRY(take(call, count, &normed));
-    ATTN_TRY(take(call, count, &middle));
-    ATTN_TRY(take(call, count, &middle_normed));
-    ATTN_TRY(take(call, count, &grad));
-    ATTN_TRY(take(call, count, &through));
-    ATTN_TRY(take(call, count, &grad_middle));
+    ATTN_TRY(attn_take_f32(call, count, &normed));
+    ATTN_TRY(attn_take_f32(call, count, &middle));
+    ATTN_TRY(attn_take_f32(call, count, &middle_normed));
+    ATTN_TRY(attn_take_f32(call, count, &grad));
+    ATTN_TRY(attn_take_f32(call, count, &through));
+    ATTN_TRY(attn_take_f32(call, count, &grad_middle));
     attn_norm_forward(ATTN_NORM_RMS, call->threads, g->rows, g->c, g->eps, x, NULL, NULL, normed);
     ATTN_TRY(core_forward(call, g, normed, middle, NULL));
-    add(middle, x, count);
+    attn_add_f32(call->threads, count, middle, x);
     attn_norm_forward(ATTN_NORM_RMS, call->threads, g->rows, g->c, g->eps, middle, NULL, NULL, middle_normed);
     ATTN_TRY(sglu_backward(call, &y->sglu, middle_normed, grad_o, grad, to->w_1, to->w_2, to->w_3));
     ATTN_TRY(attn_norm_backward(ATTN_NORM_RMS, call->arena, call->threads, g->rows, g->c, g->eps, middle, NULL, grad, grad_middle, NULL,
                                 NULL));
-    add(grad_middle, grad_o, count);
+    attn_add_f32(call->threads, count, grad_middle, grad_o);
     core_gradients inner = to->core;
     inner.x = grad;
     ATTN_TRY(core_backward(call, g, normed, grad_middle, &inner));
@@ -547,7 +527,7 @@ static attn_status run_parts(attn_call *call, const layer *y, int64_t b)
     const core *g = &y->core;
     int64_t state = g->heads * g->key * g->d, at = b * g->n * g->c;
     float *spare, *out = attn_f32(call->t[STATE_OUT]) + b * state;
-    ATTN_TRY(take(call, state, &spare));
+    ATTN_TRY(attn_take_f32(call, state, &spare));
     for (int64_t first = 0; first < g->n; first += PART) {
         layer part = *y;
         part.core.batch = 1;
@@ -805,7 +785,7 @@ static attn_status lrpe_op_backward(attn_call *call)
     float *grad_x = attn_f32(call->grad[L_X]), *grad_theta = attn_f32(call->grad[L_THETA]);
     ATTN_TRY(lrpe_scratch(call, heads, d, &scratch));
     if (grad_x == NULL) {
-        ATTN_TRY(take(call, batch * heads * n * d, &grad_x));
+        ATTN_TRY(attn_take_f32(call, batch * heads * n * d, &grad_x));
     }
 #pragma omp parallel for schedule(static) num_threads(call->threads) if (call->threads > 1)
     for (int64_t h = 0; h < heads; h++) {
@@ -913,7 +893,7 @@ static attn_status model_setup(attn_call *call, model *m)
                  .tokens = attn_i64(call->t[M_TOKENS])};
     m->factor = p->scale_embedding ? (float)sqrt((double)m->c) : 1.0f;
     m->head = attn_f32(call->t[call->t[M_HEAD] != NULL ? M_HEAD : M_EMBED]);
-    ATTN_TRY(take(call, m->layers * p->heads, &m->slopes));
+    ATTN_TRY(attn_take_f32(call, m->layers * p->heads, &m->slopes));
     for (int64_t l = 0; l < m->layers; l++) {
         attn_lightning_slopes(p->schedule, p->heads, l, m->layers, 1e-5, m->slopes + l * p->heads);
     }
@@ -965,7 +945,7 @@ static attn_status model_forward(attn_call *call)
     model m;
     ATTN_TRY(model_setup(call, &m));
     float *x, **xs = attn_arena_array(call->arena, (size_t)m.layers + 1, sizeof *xs);
-    ATTN_TRY(take(call, m.rows * m.c, &x));
+    ATTN_TRY(attn_take_f32(call, m.rows * m.c, &x));
     if (xs == NULL) {
         return attn_fail_memory((size_t)(m.layers + 1) * sizeof *xs);
     }
@@ -986,9 +966,9 @@ static attn_status model_backward(attn_call *call)
     ATTN_TRY(model_setup(call, &m));
     int64_t count = m.rows * m.c, weights = m.f * m.c;
     float *memory, *grad, *normed, **xs = attn_arena_array(call->arena, (size_t)m.layers + 1, sizeof *xs);
-    ATTN_TRY(take(call, (m.layers + 1) * count, &memory));
-    ATTN_TRY(take(call, count, &grad));
-    ATTN_TRY(take(call, count, &normed));
+    ATTN_TRY(attn_take_f32(call, (m.layers + 1) * count, &memory));
+    ATTN_TRY(attn_take_f32(call, count, &grad));
+    ATTN_TRY(attn_take_f32(call, count, &normed));
     if (xs == NULL) {
         return attn_fail_memory((size_t)(m.layers + 1) * sizeof *xs);
     }
