@@ -166,6 +166,13 @@ static void check_rows_of_tiles(const attn_tile_kernels *k, const attn_tile_kern
     same("scale", x, y, n, 1e-6);
     k->axpy(x, p, n, factor), s->axpy(y, p, n, factor);
     same("axpy", x, y, n, 1e-6);
+    y = copy(x, n);
+    for (int64_t i = 0; i < n; i++) {
+        p[i] = draw(0, 1) ? INFINITY : draw(0, 1) ? -INFINITY : p[i];
+    }
+    k->limit(x, p, n), s->limit(y, p, n);
+    same("limit", x, y, n, 0);
+    x = floats(n, 1), y = copy(x, n), p = floats(n, 1);
     k->grad_row(x, p, n, factor), s->grad_row(y, p, n, factor);
     same("grad_row", x, y, n, 1e-6);
     float a = k->dot(x, p, n), b = s->dot(x, p, n), size = 0;

@@ -161,17 +161,23 @@ static void run_task(const forward *f, worker *x, const grid_task *t, int64_t pa
     const grid_work *w = &f->work;
     const attn_grid *g = w->g;
     float factor = (float)(f->kind == FUSED ? g->scale * ATTN_LOG2E : g->scale);
-    if (f->kind != VALUES) {
-        attn_grid_pack(w, t, pair, g->k, f->kind == FUSED ? g->extra_k : NULL, g->d, g->d, NULL, x->k, 1, x->scratch);
-    }
-    if (f->kind != SCORES) {
-        attn_grid_pack(w, t, pair, g->v, f->kind == FUSED ? g->extra_v : NULL, g->dv, w->dv_pad, x->v, NULL, 1, NULL);
+    grid_packing keys = {0}, values = {0};
+    if (f->kind == FUSED) {
+        attn_grid_pack_extra(w, t, pair, g->extra_k, g->d, g->d, NULL, x->k, x->scratch);
+        attn_grid_pack_extra(w, t, pair, g->extra_v, g->dv, w->dv_pad, x->v, NULL, NULL);
     }
     x->hidden = attn_grid_bounds(w, t, grid_bounds_length(w, GRID_STEP), x->bounds);
     int64_t tiles = attn_grid_tiles(w, t);
     for (int64_t tile = 0; tile < tiles; tile++) {
         int64_t rows = attn_grid_tile(w, t, tile, x->rows);
         grid_union all = attn_grid_union(x->rows, rows);
+        int64_t end = grid_tile_end(t, &all);
+        if (f->kind != VALUES) {
+            attn_grid_pack(w, t, &keys, end, pair, g->k, g->d, g->d, NULL, x->k, x->scratch);
+        }
+        if (f->kind != SCORES) {
+            attn_grid_pack(w, t, &values, end, pair, g->v, g->dv, w->dv_pad, x->v, NULL, NULL);
+        }
         for (int64_t h = 0; h < w->group; h++) {
             int64_t head = pair / g->kv_heads * g->heads + pair % g->kv_heads * w->group + h, pieces;
             for (int64_t r = 0; r < rows; r++) {

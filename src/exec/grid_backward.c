@@ -219,11 +219,10 @@ static void run_task(const backward *b, worker *x, const grid_task *t, int64_t p
     const attn_grid *g = w->g;
     int64_t tiles = attn_grid_tiles(w, t);
     size_t keys = (size_t)(grid_extra_first(w, t) + attn_ceil_div(g->extra, w->kernels->nr) * w->kernels->nr);
-    if (b->kind != VALUES) {
-        attn_grid_pack(w, t, pair, g->k, g->extra_k, g->d, w->d_pad, x->k, x->kt, 1, x->scratch);
-    }
-    if (b->kind != SCORES) {
-        attn_grid_pack(w, t, pair, g->v, g->extra_v, g->dv, w->dv_pad, NULL, x->vt, 1, x->scratch);
+    grid_packing key = {0}, value = {0};
+    if (b->kind == FUSED) {
+        attn_grid_pack_extra(w, t, pair, g->extra_k, g->d, w->d_pad, x->k, x->kt, x->scratch);
+        attn_grid_pack_extra(w, t, pair, g->extra_v, g->dv, w->dv_pad, NULL, x->vt, x->scratch);
     }
     memset(x->grad_k, 0, keys * (size_t)w->d_pad * sizeof(float));
     memset(x->grad_v, 0, keys * (size_t)w->dv_pad * sizeof(float));
@@ -234,6 +233,13 @@ static void run_task(const backward *b, worker *x, const grid_task *t, int64_t p
     for (int64_t tile = 0; tile < tiles; tile++) {
         int64_t rows = attn_grid_tile(w, t, tile, x->rows), pieces;
         grid_union all = attn_grid_union(x->rows, rows);
+        int64_t end = grid_tile_end(t, &all);
+        if (b->kind != VALUES) {
+            attn_grid_pack(w, t, &key, end, pair, g->k, g->d, w->d_pad, x->k, x->kt, x->scratch);
+        }
+        if (b->kind != SCORES) {
+            attn_grid_pack(w, t, &value, end, pair, g->v, g->dv, w->dv_pad, NULL, x->vt, x->scratch);
+        }
         for (int64_t h = 0; h < w->group; h++) {
             int64_t head = pair / g->kv_heads * g->heads + pair % g->kv_heads * w->group + h;
             load_rows(b, x, head, rows);

@@ -133,7 +133,7 @@ static int64_t choose_chunk(const grid_work *w, int axis)
         others *= (double)(w->axis[i].a.dilation * (i == X ? attn_ceil_div(to - from, w->tile_x) : 1));
     }
     double width = mean_extent(&w->axis[X].a, w->tile_x), count = (double)a->n / (double)a->dilation;
-    int64_t chunk = attn_max_i64(32, (int64_t)(2 * window));
+    int64_t chunk = attn_max_i64(256, (int64_t)(4 * window));
     while (chunk > tile && others * ceil(count / (double)chunk) < ENOUGH_TASKS &&
            PACK_COST * width / (double)w->tile_x * (1 + 2 * window / (double)chunk) < 0.1 * volume) {
         chunk /= 2;
@@ -209,52 +209,64 @@ int64_t attn_grid_key_token(const grid_work *w, const grid_task *t, int64_t key)
     return token;
 }
 
-/* The keys of the box in order: a number of the current one's row and the token. */
-typedef struct key_walk {
-    const grid_work *w;
-    const grid_task *t;
-    int64_t key, left, token; /* left: in this row of the box */
-} key_walk;
-
-static int64_t next_token(key_walk *k)
+static int64_t next_token(const grid_work *w, const grid_task *t, grid_packing *p)
 {
-    if (k->left == 0) {
-        k->left = grid_task_extent(k->t, X);
-        k->token = attn_grid_key_token(k->w, k->t, k->key);
+    if (p->left == 0) {
+        p->left = grid_task_extent(t, X);
+        p->token = attn_grid_key_token(w, t, p->key);
     } else {
-        k->token += k->w->axis[X].a.dilation * k->w->axis[X].key_step;
+        p->token += w->axis[X].a.dilation * w->axis[X].key_step;
     }
-    k->left--;
-    k->key++;
-    return k->token;
+    p->left--;
+    p->key++;
+    return p->token;
 }
 
-void attn_grid_pack(const grid_work *w, const grid_task *t, int64_t pair, const float *from, const float *extra, int64_t width,
-                    int64_t pad, float *rows, float *panels, float factor, float *scratch)
+/* One row of keys or values, number `key` of the box and `i` of its panel. */
+static void pack_row(const float *from, int64_t width, int64_t pad, int64_t key, int64_t i, float *rows, float *scratch)
 {
-    const attn_tile_kernels *kernels = w->kernels;
-    int64_t nr = kernels->nr;
-    key_walk walk = {.w = w, .t = t};
-    for (int part = 0; part < (w->g->extra > 0 && extra != NULL ? 2 : 1); part++) {
-        int64_t first = part == 0 ? 0 : grid_extra_first(w, t), count = part == 0 ? grid_task_keys(t) : w->g->extra;
-        for (int64_t j = 0; j < count; j += nr) {
-            int64_t some = attn_min_i64(nr, count - j);
-            for (int64_t i = 0; i < some; i++) {
-                const float *row = part == 0 ? from + (pair * w->m + next_token(&walk)) * width : extra + (pair * count + j + i) * width;
-                if (rows != NULL) {
-                    float *to = rows + (first + j + i) * pad;
-                    memcpy(to, row, (size_t)width * sizeof *to);
-                    memset(to + width, 0, (size_t)(pad - width) * sizeof *to);
-                }
-                if (panels != NULL) {
-                    kernels->load_row(scratch + i * width, row, ATTN_F32, width, factor);
-                }
-            }
-            if (panels != NULL) {
-                memset(scratch + some * width, 0, (size_t)((nr - some) * width) * sizeof *scratch);
-                kernels->pack_transposed(panels + (first + j) * width, nr, scratch, ATTN_F32, width, nr, width);
-            }
+    if (rows != NULL) {
+        memcpy(rows + key * pad, from, (size_t)width * sizeof *rows);
+        memset(rows + key * pad + width, 0, (size_t)(pad - width) * sizeof *rows);
+    }
+    if (scratch != NULL) {
+        memcpy(scratch + i * width, from, (size_t)width * sizeof *scratch);
+    }
+}
+
+static void pack_panel(const grid_work *w, int64_t first, int64_t count, int64_t width, float *panels, float *scratch)
+{
+    int64_t nr = w->kernels->nr;
+    if (panels != NULL) {
+        memset(scratch + count * width, 0, (size_t)((nr - count) * width) * sizeof *scratch);
+        w->kernels->pack_transposed(panels + first * width, nr, scratch, ATTN_F32, width, nr, width);
+    }
+}
+
+void attn_grid_pack(const grid_work *w, const grid_task *t, grid_packing *packing, int64_t to, int64_t pair, const float *from,
+                    int64_t width, int64_t pad, float *rows, float *panels, float *scratch)
+{
+    int64_t nr = w->kernels->nr, keys = grid_task_keys(t);
+    while (packing->key < to) {
+        int64_t first = packing->key, count = attn_min_i64(nr, keys - first);
+        for (int64_t i = 0; i < count; i++) {
+            pack_row(from + (pair * w->m + next_token(w, t, packing)) * width, width, pad, first + i, i, rows,
+                     panels != NULL ? scratch : NULL);
         }
+        pack_panel(w, first, count, width, panels, scratch);
+    }
+}
+
+void attn_grid_pack_extra(const grid_work *w, const grid_task *t, int64_t pair, const float *extra, int64_t width, int64_t pad,
+                          float *rows, float *panels, float *scratch)
+{
+    int64_t nr = w->kernels->nr, first = grid_extra_first(w, t), all = w->g->extra;
+    for (int64_t j = 0; j < all; j += nr) {
+        int64_t count = attn_min_i64(nr, all - j);
+        for (int64_t i = 0; i < count; i++) {
+            pack_row(extra + (pair * all + j + i) * width, width, pad, first + j + i, i, rows, panels != NULL ? scratch : NULL);
+        }
+        pack_panel(w, first + j, count, width, panels, scratch);
     }
 }
 

@@ -47,6 +47,12 @@ typedef struct grid_piece {
     int64_t z, first, last;
 } grid_piece;
 
+/* What rows see together: z and y ranges; alike: all see the same of both. */
+typedef struct grid_union {
+    int64_t start[2], end[2];
+    int alike;
+} grid_union;
+
 attn_status attn_grid_work_create(grid_work *w, const attn_grid *grid, int64_t unit, attn_arena *arena);
 
 static inline int64_t grid_task_extent(const grid_task *t, int axis) { return t->key[axis][1] - t->key[axis][0]; }
@@ -60,10 +66,24 @@ static inline int64_t grid_extra_first(const grid_work *w, const grid_task *t)
     return attn_ceil_div(grid_task_keys(t), w->kernels->nr) * w->kernels->nr;
 }
 
-/* The box of a task from `from` (and `extra`), for key/value head `pair`: as rows [keys][pad], zero-padded, into `rows` unless NULL; and
- * transposed in panels of nr keys, times a factor, unless `panels` is NULL. scratch: [nr][width]. */
-void attn_grid_pack(const grid_work *w, const grid_task *t, int64_t pair, const float *from, const float *extra, int64_t width,
-                    int64_t pad, float *rows, float *panels, float factor, float *scratch);
+/* What has been packed of a task's box. Packing follows the tiles, so that what a tile reads first is still in cache. */
+typedef struct grid_packing {
+    int64_t key, left, token; /* the next key; keys left in its row of the box, and the token before it */
+} grid_packing;
+
+/* Keys of the box up to `to` and a panel's end, of key/value head `pair` of `from`: as rows [keys][pad], zero-padded, into `rows`, and
+ * transposed in panels of nr keys into `panels`; either may be NULL. scratch: [nr][width]. */
+void attn_grid_pack(const grid_work *w, const grid_task *t, grid_packing *packing, int64_t to, int64_t pair, const float *from,
+                    int64_t width, int64_t pad, float *rows, float *panels, float *scratch);
+/* The same for extra keys, at once. */
+void attn_grid_pack_extra(const grid_work *w, const grid_task *t, int64_t pair, const float *extra, int64_t width, int64_t pad,
+                          float *rows, float *panels, float *scratch);
+/* Keys that a tile reads lie before this one. */
+static inline int64_t grid_tile_end(const grid_task *t, const grid_union *tile)
+{
+    int64_t height = t->key[1][1] - t->key[1][0], width = t->key[2][1] - t->key[2][0];
+    return tile->start[0] < tile->end[0] ? ((tile->end[0] - 1) * height + tile->end[1]) * width : 0;
+}
 
 /* Token of a key of the box. */
 int64_t attn_grid_key_token(const grid_work *w, const grid_task *t, int64_t key);
@@ -72,11 +92,6 @@ int64_t attn_grid_key_token(const grid_work *w, const grid_task *t, int64_t key)
 int64_t attn_grid_tiles(const grid_work *w, const grid_task *t);
 int64_t attn_grid_tile(const grid_work *w, const grid_task *t, int64_t tile, grid_row *rows);
 
-/* What rows see together: z and y ranges; alike: all see the same of both. */
-typedef struct grid_union {
-    int64_t start[2], end[2];
-    int alike;
-} grid_union;
 grid_union attn_grid_union(const grid_row *rows, int64_t count);
 
 /* The next keys that a tile goes through, at most `step` columns. */

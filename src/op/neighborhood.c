@@ -114,9 +114,16 @@ static attn_status check_rpb(const attn_tensor *rpb, const attn_na *na, int64_t 
                              na->rank);
 }
 
+static attn_status check_widths(const attn_call *call)
+{
+    const char *empty = attn_dim(call, "D") == 0 ? "D" : attn_dim(call, "Dv") == 0 ? "Dv" : NULL;
+    return empty == NULL ? ATTN_OK : attn_fail(ATTN_ERR_SHAPE, "%s = 0, expected at least 1", empty);
+}
+
 static attn_status fused_setup(attn_call *call, attn_na *na)
 {
     const attn_na_params *p = call->params;
+    ATTN_TRY(check_widths(call));
     ATTN_TRY(attn_na_setup(p, attn_dim(call, "N"), na));
     if ((call->t[EXTRA_K] == NULL) != (call->t[EXTRA_V] == NULL)) {
         return attn_fail(ATTN_ERR_ARGUMENT, "%s is missing: extra_k and extra_v go together", call->t[EXTRA_K] == NULL ? "extra_k" : "extra_v");
@@ -307,6 +314,7 @@ static const attn_port_info av_ports[] = {ATTN_IN("w", "B,H,N,K", FLOAT, ATTN_PO
 
 static attn_status unfused_setup(attn_call *call, attn_na *na, int64_t *slots)
 {
+    ATTN_TRY(check_widths(call));
     ATTN_TRY(attn_na_setup(call->params, attn_dim(call, "N"), na));
     *slots = 1;
     for (int axis = 0; axis < na->rank; axis++) {
