@@ -147,5 +147,6 @@ int main(int argc, char **argv)
            "| D | neighborhood | ideal | forward | share | backward | share |\n| --- | --- | --- | --- | --- | --- | --- |\n",
            TOKENS, repeats);
     bench(64, threads, repeats, only);
+    bench(128, threads, repeats, only);
     return 0;
 }
