@@ -16,14 +16,10 @@ static void place_axes(grid_work *w)
     static const int64_t zero = 0, one = 1;
     const attn_grid *g = w->g;
     int64_t query_step = 1, key_step = 1, bias_step = 1;
-    int axis = X;
+    int axis = g->rank == 1 ? Y : X; /* one axis alone becomes y: neighbouring queries then share rows of one key */
     w->axis[Z] = w->axis[Y] = w->axis[X] = (grid_axis){.a = {1, 1, 0, 1, &zero, &one, 1}};
     for (int i = g->rank - 1; i >= 0; i--) {
         const attn_grid_axis *a = &g->axis[i];
-        /* One axis alone becomes y, and so does one before which x would be left empty. */
-        if (g->rank == 1) {
-            axis = Y;
-        }
         w->axis[axis--] = (grid_axis){*a, query_step, key_step, bias_step};
         query_step *= a->n;
         key_step *= a->m;
