@@ -7,8 +7,9 @@
 #include <omp.h>
 #include <string.h>
 
-#define BLOCK_Q 96
-#define BLOCK_K 256 /* keys of a step; a multiple of every panel width */
+#define BLOCK_Q 192
+#define BLOCK_K 512 /* keys of a step; a multiple of every panel width */
+#define ROWS 48    /* rows that share a step's keys while a panel of them is in L1, where all see them all */
 #define BACK_K 128
 #define STRIP 32 /* rows that share one slice of the relative tables, backward */
 #define LOG2E 1.44269504088896340736
@@ -189,8 +190,15 @@ static void forward_block(const problem *p, worker *w, int64_t h, int64_t first)
         last = attn_max_i64(last, head->end[first + r]);
     }
     for (int64_t block = 0; block < last; block += BLOCK_K) {
-        for (int64_t r = 0; r < rows; r += p->kernels->mr) {
-            attend(p, w, h, first, r, attn_min_i64(p->kernels->mr, rows - r), block);
+        /* Where ends lie inside the step, and with slices of relative tables, a tile's height at a time. */
+        for (int64_t r = 0, some; r < rows; r += some) {
+            some = attn_min_i64(ROWS, rows - r);
+            for (int64_t i = 0; i < some; i++) {
+                if (p->relative || head->end[first + r + i] < block + BLOCK_K) {
+                    some = attn_min_i64(p->kernels->mr, rows - r);
+                }
+            }
+            attend(p, w, h, first, r, some, block);
         }
     }
     for (int64_t r = 0; r < rows; r++) {
@@ -220,7 +228,7 @@ static attn_status forward(const attn_stairs *s, attn_arena *arena, int threads)
     problem p;
     ATTN_TRY(problem_create(&p, s, arena, threads, 1));
     int64_t mr = p.kernels->mr, slice = mr * (BLOCK_K + mr + 3 * p.kernels->nr), blocks = 0, task = 0;
-    int64_t sizes[] = {BLOCK_Q * p.d, BLOCK_Q * p.d, BLOCK_Q * p.dv_pad, mr * BLOCK_K, p.relative ? slice : 1, BLOCK_Q, BLOCK_Q, mr};
+    int64_t sizes[] = {BLOCK_Q * p.d, BLOCK_Q * p.d, BLOCK_Q * p.dv_pad, ROWS * BLOCK_K, p.relative ? slice : 1, BLOCK_Q, BLOCK_Q, ROWS};
     for (int64_t h = 0; h < s->head_count; h++) {
         blocks += attn_ceil_div(s->heads[h].rows, BLOCK_Q);
     }
