@@ -323,6 +323,26 @@ static void check_linear(void)
         same("linear read", o, o2, dv, 3e-6);
         k->multiply(o, v, v, dv), s->multiply(o2, v, v, dv);
         same("multiply", o, o2, dv, 1e-7);
+        float *slope = floats(dv, 1), *slope2 = floats(dv, 1);
+        memcpy(o, v, (size_t)dv * sizeof *o), memcpy(o2, v, (size_t)dv * sizeof *o);
+        k->taylor(o, slope, dv), s->taylor(o2, slope2, dv);
+        same("taylor", o, o2, dv, 1e-6);
+        same("taylor slope", slope, slope2, dv, 1e-6);
+        int64_t width = 1 + d + d * (d + 1) / 2;
+        float *phi = floats(width, 1), *phi2 = floats(width, 1), *grad = floats(d, 1), *grad2 = copy(grad, d);
+        k->taylor_features(d, 0.3, q, phi), s->taylor_features(d, 0.3, q, phi2);
+        same("taylor features", phi, phi2, width, 1e-6);
+        double product = 0, want = 0;
+        for (int64_t j = 0; j < d; j++) {
+            want += 0.3 * (double)q[j] * (double)q[j];
+        }
+        for (int64_t j = 0; j < width; j++) {
+            product += (double)phi[j] * (double)phi[j];
+        }
+        float got = (float)product, expected = (float)(1 + want + want * want / 2);
+        same("taylor features' product", &got, &expected, 1, 1e-5);
+        k->taylor_features_back(d, 0.3, q, phi, grad), s->taylor_features_back(d, 0.3, q, phi2, grad2);
+        same("taylor features back", grad, grad2, d, 3e-6);
         release();
     }
 }

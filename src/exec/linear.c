@@ -5,8 +5,6 @@
 #include <omp.h>
 #include <string.h>
 
-static int64_t padded(int64_t count) { return (count + 15) / 16 * 16; }
-
 static int64_t chunk_of(const attn_linattn *x)
 {
     int64_t chunk = x->chunk == 0 ? 64 : x->chunk;
@@ -17,7 +15,7 @@ static int64_t width_of(const attn_linattn *x) { return x->map != NULL ? x->map-
 
 size_t attn_linear_work_floats(const attn_linattn *x)
 {
-    int64_t c = chunk_of(x), mp = padded(c), dp = padded(x->d), vp = padded(x->dv), f = width_of(x), fp = padded(f);
+    int64_t c = chunk_of(x), mp = attn_linear_padded(c), dp = attn_linear_padded(x->d), vp = attn_linear_padded(x->dv), f = width_of(x), fp = attn_linear_padded(f);
     return (size_t)(2 * c * dp + 2 * c * vp + (x->d + x->dv) * mp + 3 * c * mp + 4 * mp + 3 * c * fp + f * vp +
                     x->dv * fp + c * attn_max_i64(vp, fp) + 64);
 }
@@ -34,10 +32,10 @@ void attn_linear_work_init(attn_linear_work *w, const attn_linattn *x, float *me
     memset(memory, 0, attn_linear_work_floats(x) * sizeof(float));
     *w = (attn_linear_work){.x = x, .tile = attn_tile_kernels_get(), .kernel = attn_linear_kernels_get()};
     int64_t c = w->chunk = chunk_of(x), f = w->width = width_of(x);
-    w->mp = padded(c);
-    w->dp = padded(x->d);
-    w->vp = padded(x->dv);
-    w->fp = padded(f);
+    w->mp = attn_linear_padded(c);
+    w->dp = attn_linear_padded(x->d);
+    w->vp = attn_linear_padded(x->dv);
+    w->fp = attn_linear_padded(f);
     w->outer = x->map != NULL ? 1 : x->scale;
     w->row = (double *)(void *)take(&memory, 2 * w->mp);
     w->in = take(&memory, w->mp);
@@ -121,7 +119,9 @@ static void features(attn_linear_work *w, const float *rows, const float *factor
         float *phi = to + r * w->fp;
         if (w->x->map != NULL) {
             w->x->map->expand(w->x->d, w->x->scale, rows + r * w->dp, phi);
-            w->tile->scale(phi, w->width, factor[r]);
+            if (factor[r] != 1.0f) {
+                w->tile->scale(phi, w->width, factor[r]);
+            }
         } else {
             w->tile->load_row(phi, rows + r * w->dp, ATTN_F32, w->width, factor[r]);
         }
@@ -173,7 +173,7 @@ void attn_linear_advance(attn_linear_work *w)
     w->tile->product(w->width, w->x->dv, w->count, w->pk, 1, w->fp, w->v, w->vp, w->tile->nr, w->state, w->vp, 1);
 }
 
-static void copy_state(float *to, int64_t ld_to, const float *from, int64_t ld_from, int64_t rows, int64_t columns)
+void attn_linear_copy(float *to, int64_t ld_to, const float *from, int64_t ld_from, int64_t rows, int64_t columns)
 {
     for (int64_t r = 0; r < rows; r++) {
         memcpy(to + r * ld_to, from + r * ld_from, (size_t)columns * sizeof(float));
@@ -185,7 +185,7 @@ static void store_rows(const attn_linear_work *w, int64_t first, float *o)
 {
     const attn_linattn *x = w->x;
     int64_t shift = first - (x->causal ? x->m - x->n : 0);
-    copy_state(o + (shift + w->low) * x->dv, x->dv, w->o + w->low * w->vp, w->vp, w->count - w->low, x->dv);
+    attn_linear_copy(o + (shift + w->low) * x->dv, x->dv, w->o + w->low * w->vp, w->vp, w->count - w->low, x->dv);
 }
 
 static void from_state(attn_linear_work *w, int add)
@@ -193,7 +193,9 @@ static void from_state(attn_linear_work *w, int add)
     w->tile->product(w->count, w->x->dv, w->width, w->pq, w->fp, 1, w->state, w->vp, w->tile->nr, w->o, w->vp, add);
 }
 
-static void forward_head(attn_linear_work *w, int64_t b, int64_t h, const float *q, const float *k, const float *v, float *o)
+/* The state starts at zero when `fresh`; the last one is needed only when `keep`. */
+static void forward_head(attn_linear_work *w, int64_t b, int64_t h, int fresh, int keep, const float *q, const float *k,
+                         const float *v, float *o)
 {
     const attn_linattn *x = w->x;
     int64_t made = 0;
@@ -207,7 +209,8 @@ static void forward_head(attn_linear_work *w, int64_t b, int64_t h, const float 
             attn_linear_decays(w, b, h, first);
             made = count;
         }
-        attn_linear_features(w, x->causal && w->low < count, 1);
+        int read = x->causal && w->low < count && !(fresh && first == 0), write = !x->causal || keep || first + count < x->m;
+        attn_linear_features(w, read, write);
         if (x->causal && w->low < count) {
             attn_linear_weights(w, 0);
             for (int64_t r = 0; r < count; r += ATTN_LINEAR_STRIPE) {
@@ -215,10 +218,14 @@ static void forward_head(attn_linear_work *w, int64_t b, int64_t h, const float 
                 w->tile->product(end - r, x->dv, end, w->s + r * w->mp, w->mp, 1, w->v, w->vp, w->tile->nr, w->o + r * w->vp,
                                  w->vp, 0);
             }
-            from_state(w, 1);
+            if (read) {
+                from_state(w, 1);
+            }
             store_rows(w, first, o);
         }
-        attn_linear_advance(w);
+        if (write) {
+            attn_linear_advance(w);
+        }
     }
     for (int64_t first = 0; first < x->n && !x->causal; first += w->chunk) {
         attn_linear_load(w, first, attn_min_i64(w->chunk, x->n - first), q, NULL, NULL, NULL);
@@ -229,10 +236,109 @@ static void forward_head(attn_linear_work *w, int64_t b, int64_t h, const float 
     }
 }
 
+/* ---- By pairs ---- */
+
+static double pair_operations(const attn_linattn *x)
+{
+    double pairs = (double)x->n * (double)x->m;
+    if (x->causal) {
+        int64_t full = attn_max_i64(0, attn_min_i64(x->n, x->m)); /* queries that see a key; the last one sees m */
+        pairs = (double)full * ((double)x->m - (double)(full - 1) / 2);
+    }
+    return 2 * pairs * (double)(x->d + x->dv);
+}
+
+static double chunk_operations(const attn_linattn *x)
+{
+    double inside = x->causal ? (double)x->n * (double)chunk_of(x) / 2 : 0;
+    return 2 * (inside * (double)(x->d + x->dv) + (double)(x->n + x->m) * (double)width_of(x) * (double)x->dv);
+}
+
+int attn_linattn_by_pairs(const attn_linattn *x)
+{
+    return x->map != NULL && x->slope == NULL && x->log_decay == NULL && pair_operations(x) <= chunk_operations(x);
+}
+
+double attn_linattn_flops(const attn_linattn *x)
+{
+    return (double)(x->batch * x->heads) * (attn_linattn_by_pairs(x) ? pair_operations(x) : chunk_operations(x));
+}
+
+void attn_linear_pair_weights(const attn_linattn *x, int64_t first, int64_t rows, int64_t key, int64_t count, const float *q,
+                              int64_t ldq, const float *kt, float *s, float *slope)
+{
+    const attn_tile_kernels *tile = attn_tile_kernels_get();
+    int64_t ld = ATTN_LINEAR_PAIR_KEYS;
+    tile->product(rows, count, x->d, q, ldq, 1, kt, ld, tile->nr, s, ld, 0);
+    for (int64_t r = 0; r < rows; r++, s += ld) {
+        int64_t seen = attn_max_i64(0, attn_min_i64(count, attn_linear_visible(x, first + r) - key));
+        tile->scale(s, seen, (float)x->scale);
+        x->map->pair(seen, s, slope);
+        memset(s + seen, 0, (size_t)(count - seen) * sizeof *s);
+        if (slope != NULL) {
+            tile->scale(slope, seen, (float)x->scale);
+            memset(slope + seen, 0, (size_t)(count - seen) * sizeof *slope);
+            slope += ld;
+        }
+    }
+}
+
+static size_t pair_floats(const attn_linattn *x)
+{
+    return (size_t)(ATTN_LINEAR_PAIR_KEYS * (x->d + attn_linear_padded(x->dv) + ATTN_LINEAR_PAIR_ROWS) + 64);
+}
+
+/* Some queries of one head against all keys. */
+static void pair_queries(const attn_linattn *x, float *memory, int64_t first, int64_t end, const float *q, const float *k,
+                         const float *v, float *o)
+{
+    const attn_tile_kernels *tile = attn_tile_kernels_get();
+    int64_t vp = attn_linear_padded(x->dv), ld = ATTN_LINEAR_PAIR_KEYS;
+    float *kt = memory, *rows_v = kt + ld * x->d, *s = rows_v + ld * vp;
+    memset(o + first * x->dv, 0, (size_t)((end - first) * x->dv) * sizeof *o);
+    for (int64_t key = 0; key < attn_linear_visible(x, end - 1); key += ld) {
+        int64_t keys = attn_min_i64(ld, attn_linear_visible(x, end - 1) - key);
+        tile->pack_transposed(kt, ld, k + key * x->d, ATTN_F32, x->d, keys, x->d);
+        attn_linear_copy(rows_v, vp, v + key * x->dv, x->dv, keys, x->dv);
+        for (int64_t r = first; r < end; r += ATTN_LINEAR_PAIR_ROWS) {
+            int64_t rows = attn_min_i64(ATTN_LINEAR_PAIR_ROWS, end - r);
+            int64_t count = attn_min_i64(keys, attn_linear_visible(x, r + rows - 1) - key);
+            if (count > 0) {
+                attn_linear_pair_weights(x, r, rows, key, count, q + r * x->d, x->d, kt, s, NULL);
+                tile->product(rows, x->dv, count, s, ld, 1, rows_v, vp, tile->nr, o + r * x->dv, x->dv, 1);
+            }
+        }
+    }
+}
+
+static attn_status pairs_forward(const attn_linattn *x, attn_arena *arena, int threads, const float *q, const float *k,
+                                 const float *v, float *o)
+{
+    size_t each = pair_floats(x);
+    attn_arena_mark mark = attn_arena_get_mark(arena);
+    float *memory = attn_arena_array(arena, (size_t)threads * each, sizeof(float));
+    if (memory == NULL) {
+        return attn_fail_memory((size_t)threads * each * sizeof(float));
+    }
+    memset(memory, 0, (size_t)threads * each * sizeof(float));
+    int64_t part = 4 * ATTN_LINEAR_PAIR_ROWS, parts = attn_ceil_div(x->n, part);
+#pragma omp parallel for num_threads(threads) schedule(dynamic)
+    for (int64_t task = 0; task < x->batch * x->heads * parts; task++) {
+        int64_t i = task / parts, first = task % parts * part, kv = i / x->heads * x->kv_heads + i % x->heads / (x->heads / x->kv_heads);
+        pair_queries(x, memory + (size_t)omp_get_thread_num() * each, first, attn_min_i64(x->n, first + part), q + i * x->n * x->d,
+                     k + kv * x->m * x->d, v + kv * x->m * x->dv, o + i * x->n * x->dv);
+    }
+    attn_arena_release(arena, mark);
+    return ATTN_OK;
+}
+
 attn_status attn_linattn_forward(const attn_linattn *shape, attn_arena *arena, int threads, const float *q, const float *k,
                                  const float *v, const float *state_in, float *o, float *state_out)
 {
     const attn_linattn x = *shape;
+    if (state_in == NULL && state_out == NULL && attn_linattn_by_pairs(&x)) {
+        return pairs_forward(&x, arena, threads, q, k, v, o);
+    }
     size_t each = attn_linear_work_floats(&x);
     attn_arena_mark mark = attn_arena_get_mark(arena);
     float *memory = attn_arena_array(arena, (size_t)threads * each, sizeof(float));
@@ -245,11 +351,11 @@ attn_status attn_linattn_forward(const attn_linattn *shape, attn_arena *arena, i
         attn_linear_work w;
         attn_linear_work_init(&w, &x, memory + (size_t)omp_get_thread_num() * each);
         if (state_in != NULL) {
-            copy_state(w.state, w.vp, state_in + i * w.width * x.dv, x.dv, w.width, x.dv);
+            attn_linear_copy(w.state, w.vp, state_in + i * w.width * x.dv, x.dv, w.width, x.dv);
         }
-        forward_head(&w, b, h, q + i * x.n * x.d, k + kv * x.m * x.d, v + kv * x.m * x.dv, o + i * x.n * x.dv);
+        forward_head(&w, b, h, state_in == NULL, state_out != NULL, q + i * x.n * x.d, k + kv * x.m * x.d, v + kv * x.m * x.dv, o + i * x.n * x.dv);
         if (state_out != NULL) {
-            copy_state(state_out + i * w.width * x.dv, x.dv, w.state, w.vp, w.width, x.dv);
+            attn_linear_copy(state_out + i * w.width * x.dv, x.dv, w.state, w.vp, w.width, x.dv);
         }
     }
     attn_arena_release(arena, mark);

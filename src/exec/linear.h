@@ -34,6 +34,10 @@ typedef struct attn_linattn {
     const attn_feature_map *map; /* NULL: phi(x) = x */
 } attn_linattn;
 
+/* Whether no state is needed and pairs of tokens alone are less work than a map's features: short sequences, then computed by pairs. */
+int attn_linattn_by_pairs(const attn_linattn *shape);
+/* Floating-point operations of the forward pass without states. */
+double attn_linattn_flops(const attn_linattn *shape);
 /* state_in and state_out may be NULL. ATTN_ERR_MEMORY. The result does not depend on threads, in any of these. */
 attn_status attn_linattn_forward(const attn_linattn *shape, attn_arena *arena, int threads, const float *q, const float *k,
                                  const float *v, const float *state_in, float *o, float *state_out);

@@ -35,7 +35,9 @@ static void contract(attn_linear_work *w, const float *rows, const float *factor
     for (int64_t r = low; r < w->count; r++) {
         float *back = w->back + r * w->fp;
         if (x->map != NULL) {
-            w->tile->scale(back, w->width, factor[r]);
+            if (factor[r] != 1.0f) {
+                w->tile->scale(back, w->width, factor[r]);
+            }
             x->map->expand_back(x->d, x->scale, rows + r * w->dp, back, to + r * x->d);
         } else {
             w->tile->axpy(to + r * x->d, back, x->d, factor[r]);
@@ -176,13 +178,76 @@ static void clear(float *x, int64_t count)
     }
 }
 
+/* ---- By pairs ---- */
+
+typedef struct pair_work {
+    float *kt, *vt;            /* [d][keys], [dv][keys] */
+    float *k;                  /* [keys][dp] */
+    float *q, *g;              /* [rows][dp], [rows][vp] */
+    float *s, *slope, *grad_s; /* [rows][keys] */
+} pair_work;
+
+static size_t pair_floats(const attn_linattn *x)
+{
+    int64_t dp = attn_linear_padded(x->d), vp = attn_linear_padded(x->dv);
+    return (size_t)(ATTN_LINEAR_PAIR_KEYS * (x->d + x->dv + dp + 3 * ATTN_LINEAR_PAIR_ROWS) + ATTN_LINEAR_PAIR_ROWS * (dp + vp) + 64);
+}
+
+static pair_work pair_work_of(const attn_linattn *x, float *memory)
+{
+    int64_t dp = attn_linear_padded(x->d), vp = attn_linear_padded(x->dv), keys = ATTN_LINEAR_PAIR_KEYS, rows = ATTN_LINEAR_PAIR_ROWS;
+    pair_work w = {.kt = memory};
+    w.vt = w.kt + x->d * keys;
+    w.k = w.vt + x->dv * keys;
+    w.q = w.k + keys * dp;
+    w.g = w.q + rows * dp;
+    w.s = w.g + rows * vp;
+    w.slope = w.s + rows * keys;
+    w.grad_s = w.slope + rows * keys;
+    return w;
+}
+
+/* One head: all queries against all keys. Gradients are added to; grad_q may be NULL. */
+static void pair_head(const attn_linattn *x, const pair_work *w, const head *t)
+{
+    const attn_tile_kernels *tile = attn_tile_kernels_get();
+    const attn_linear_kernels *kernel = attn_linear_kernels_get();
+    int64_t dp = attn_linear_padded(x->d), vp = attn_linear_padded(x->dv), ld = ATTN_LINEAR_PAIR_KEYS;
+    for (int64_t key = 0; key < x->m; key += ld) {
+        int64_t keys = attn_min_i64(ld, x->m - key);
+        tile->pack_transposed(w->kt, ld, t->k + key * x->d, ATTN_F32, x->d, keys, x->d);
+        tile->pack_transposed(w->vt, ld, t->v + key * x->dv, ATTN_F32, x->dv, keys, x->dv);
+        attn_linear_copy(w->k, dp, t->k + key * x->d, x->d, keys, x->d);
+        for (int64_t r = 0; r < x->n; r += ATTN_LINEAR_PAIR_ROWS) {
+            int64_t rows = attn_min_i64(ATTN_LINEAR_PAIR_ROWS, x->n - r);
+            int64_t count = attn_min_i64(keys, attn_linear_visible(x, r + rows - 1) - key);
+            if (count <= 0) {
+                continue;
+            }
+            attn_linear_copy(w->q, dp, t->q + r * x->d, x->d, rows, x->d);
+            attn_linear_copy(w->g, vp, t->g + r * x->dv, x->dv, rows, x->dv);
+            attn_linear_pair_weights(x, r, rows, key, count, w->q, dp, w->kt, w->s, w->slope);
+            tile->product(rows, count, x->dv, w->g, vp, 1, w->vt, ld, tile->nr, w->grad_s, ld, 0);
+            for (int64_t i = 0; i < rows; i++) {
+                kernel->multiply(w->grad_s + i * ld, w->grad_s + i * ld, w->slope + i * ld, count);
+            }
+            if (t->grad_q != NULL) {
+                tile->product(rows, x->d, count, w->grad_s, ld, 1, w->k, dp, tile->nr, t->grad_q + r * x->d, x->d, 1);
+            }
+            tile->product(count, x->d, rows, w->grad_s, 1, ld, w->q, dp, tile->nr, t->grad_k + key * x->d, x->d, 1);
+            tile->product(count, x->dv, rows, w->s, 1, ld, w->g, vp, tile->nr, t->grad_v + key * x->dv, x->dv, 1);
+        }
+    }
+}
+
 attn_status attn_linattn_backward(const attn_linattn *shape, attn_arena *arena, int threads, const float *q, const float *k,
                                   const float *v, const float *state_in, const float *grad_o, float *grad_q, float *grad_k,
                                   float *grad_v, float *grad_state)
 {
     const attn_linattn x = *shape;
     int64_t group = x.heads / x.kv_heads, keys = x.batch * x.kv_heads * x.m;
-    size_t each = attn_linear_work_floats(&x), spare = (size_t)(keys * ((grad_k ? 0 : x.d) + (grad_v ? 0 : x.dv)));
+    int by_pairs = state_in == NULL && grad_state == NULL && attn_linattn_by_pairs(&x);
+    size_t each = by_pairs ? pair_floats(&x) : attn_linear_work_floats(&x), spare = (size_t)(keys * ((grad_k ? 0 : x.d) + (grad_v ? 0 : x.dv)));
     attn_arena_mark mark = attn_arena_get_mark(arena);
     float *memory = attn_arena_array(arena, (size_t)threads * each + spare, sizeof(float));
     if (memory == NULL) {
@@ -191,6 +256,9 @@ attn_status attn_linattn_backward(const attn_linattn *shape, attn_arena *arena, 
     int keys_wanted = grad_k != NULL || grad_v != NULL || grad_state != NULL;
     float *unused = memory + (size_t)threads * each;
     float *to_k = grad_k != NULL ? grad_k : unused, *to_v = grad_v != NULL ? grad_v : unused + (grad_k ? 0 : keys * x.d);
+    if (by_pairs) {
+        memset(memory, 0, (size_t)threads * each * sizeof(float)); /* what pads rows is read */
+    }
     clear(grad_q, x.batch * x.heads * x.n * x.d);
     clear(to_k, keys * x.d);
     clear(to_v, keys * x.dv);
@@ -198,12 +266,19 @@ attn_status attn_linattn_backward(const attn_linattn *shape, attn_arena *arena, 
     for (int64_t kv = 0; kv < x.batch * x.kv_heads; kv++) {
         for (int64_t j = 0; j < group; j++) {
             int64_t b = kv / x.kv_heads, h = kv % x.kv_heads * group + j, i = b * x.heads + h;
-            attn_linear_work w;
-            attn_linear_work_init(&w, &x, memory + (size_t)omp_get_thread_num() * each);
+            float *own = memory + (size_t)omp_get_thread_num() * each;
             head one = {.b = b, .h = h, .q = q + i * x.n * x.d, .k = k + kv * x.m * x.d, .v = v + kv * x.m * x.dv,
                         .g = grad_o + i * x.n * x.dv, .grad_q = grad_q != NULL ? grad_q + i * x.n * x.d : NULL,
                         .grad_k = to_k + kv * x.m * x.d, .grad_v = to_v + kv * x.m * x.dv,
-                        .grad_state = grad_state != NULL ? grad_state + i * w.width * x.dv : NULL};
+                        .grad_state = grad_state};
+            if (by_pairs) {
+                pair_work pairs = pair_work_of(&x, own);
+                pair_head(&x, &pairs, &one);
+                continue;
+            }
+            attn_linear_work w;
+            attn_linear_work_init(&w, &x, own);
+            one.grad_state = grad_state != NULL ? grad_state + i * w.width * x.dv : NULL;
             if (grad_q != NULL) {
                 forward_sweep(&w, &one, state_in != NULL ? state_in + i * w.width * x.dv : NULL);
             }

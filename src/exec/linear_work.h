@@ -29,6 +29,23 @@ typedef struct attn_linear_work {
     float *back;                /* [chunk][fp] */
 } attn_linear_work;
 
+/* The form by pairs: keys of a block, and rows of queries that go through it together. */
+#define ATTN_LINEAR_PAIR_KEYS 512
+#define ATTN_LINEAR_PAIR_ROWS 48
+
+static inline int64_t attn_linear_padded(int64_t count) { return (count + 15) / 16 * 16; }
+/* Keys that query i sees. */
+static inline int64_t attn_linear_visible(const attn_linattn *x, int64_t i)
+{
+    return x->causal ? attn_max_i64(0, attn_min_i64(x->m, i + 1 + x->m - x->n)) : x->m;
+}
+/* Rows `to` apart, `from` apart in the source. */
+void attn_linear_copy(float *to, int64_t ld_to, const float *from, int64_t ld_from, int64_t rows, int64_t columns);
+/* Weights of `rows` queries from `first` on for keys key ... key + count - 1 into s [rows][ATTN_LINEAR_PAIR_KEYS], 0 where a key is not
+ * visible; slope, unless NULL, their derivatives by the raw product q.k. q: rows of ldq; kt: keys transposed, columns padded. */
+void attn_linear_pair_weights(const attn_linattn *x, int64_t first, int64_t rows, int64_t key, int64_t count, const float *q,
+                              int64_t ldq, const float *kt, float *s, float *slope);
+
 size_t attn_linear_work_floats(const attn_linattn *x);
 void attn_linear_work_init(attn_linear_work *w, const attn_linattn *x, float *memory);
 /* Load tokens first ... first + count - 1 (positions of keys) of one head; g may be NULL. Sets count and low. */

@@ -3,6 +3,7 @@
 #include "kernel/linear.h"
 #include "kernel/vec.h"
 
+#include <math.h>
 #include <stddef.h>
 
 #define WIDE 4
@@ -78,4 +79,75 @@ static void multiply(float *to, const float *a, const float *b, int64_t count)
     v_store_n(to + i, v_mul(v_load_n(a + i, rest), v_load_n(b + i, rest)), rest);
 }
 
-const attn_linear_kernels ATTN_K(attn_linear_kernels_table) = {.step = step, .read = read_state, .multiply = multiply};
+static void taylor(float *s, float *slope, int64_t count)
+{
+    vf one = v_set1(1.0f), half = v_set1(0.5f);
+    for (int64_t i = 0; i < count; i += VW) {
+        int lanes = count - i < VW ? (int)(count - i) : VW;
+        vf x = lanes == VW ? v_load(s + i) : v_load_n(s + i, lanes);
+        vf a = v_fma(v_mul(half, x), x, v_add(one, x));
+        if (lanes == VW) {
+            v_store(s + i, a);
+        } else {
+            v_store_n(s + i, a, lanes);
+        }
+        if (slope != NULL) {
+            v_store_n(slope + i, v_add(one, x), lanes);
+        }
+    }
+}
+
+static void taylor_features(int64_t d, double scale, const float *x, float *phi)
+{
+    float pair = (float)scale, square = (float)(scale * sqrt(0.5));
+    vf linear = v_set1((float)sqrt(scale));
+    *phi++ = 1;
+    for (int64_t j = 0; j < d; j += VW) {
+        int lanes = d - j < VW ? (int)(d - j) : VW;
+        v_store_n(phi + j, v_mul(linear, v_load_n(x + j, lanes)), lanes);
+    }
+    phi += d;
+    for (int64_t i = 0; i < d; i++) {
+        vf first = v_set1(pair * x[i]);
+        for (int64_t j = i; j < d; j += VW) {
+            int lanes = d - j < VW ? (int)(d - j) : VW;
+            v_store_n(phi + j - i, v_mul(first, v_load_n(x + j, lanes)), lanes);
+        }
+        phi[0] = square * x[i] * x[i];
+        phi += d - i;
+    }
+}
+
+/* Rows of pairs are read from whole vectors of x on (their first lanes, of pairs seen before, count as 0), so that sums in memory are
+ * always written and read at the same places. */
+static void taylor_features_back(int64_t d, double scale, const float *x, const float *grad_phi, float *grad_x)
+{
+    static const float places[] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+    float pair = (float)scale, diagonal = (float)(scale * (sqrt(2.0) - 2));
+    vf linear = v_set1((float)sqrt(scale)), place = v_load(places);
+    grad_phi++;
+    for (int64_t j = 0; j < d; j += VW) {
+        int lanes = d - j < VW ? (int)(d - j) : VW;
+        v_store_n(grad_x + j, v_fma(linear, v_load_n(grad_phi + j, lanes), v_load_n(grad_x + j, lanes)), lanes);
+    }
+    grad_phi += d;
+    for (int64_t i = 0; i < d; i++) {
+        vf sum = v_zero(), by = v_set1(pair * x[i]);
+        for (int64_t j = i / VW * VW; j < d; j += VW) {
+            int lanes = d - j < VW ? (int)(d - j) : VW;
+            vf g = v_load_n(grad_phi + j - i, lanes);
+            if (j < i) {
+                g = v_select(v_lt(place, v_set1((float)(i - j))), v_zero(), g);
+            }
+            sum = v_fma(g, v_load_n(x + j, lanes), sum);
+            v_store_n(grad_x + j, v_fma(by, g, v_load_n(grad_x + j, lanes)), lanes);
+        }
+        /* The square came twice, as if it were a pair. */
+        grad_x[i] += pair * v_sum(sum) + diagonal * grad_phi[0] * x[i];
+        grad_phi += d - i;
+    }
+}
+
+const attn_linear_kernels ATTN_K(attn_linear_kernels_table) = {.step = step, .read = read_state, .multiply = multiply,
+                                                               .taylor = taylor, .taylor_features = taylor_features,
+                                                               .taylor_features_back = taylor_features_back};

@@ -3,6 +3,7 @@
  * recurrences. exec/linear.h computes it: pairs inside a chunk by their score s as 1 + s + s^2/2, chunks by features.
  */
 #include "exec/linear.h"
+#include "kernel/linear.h"
 #include "kernel/tile.h"
 #include "layer/activation.h"
 #include "layer/conv.h"
@@ -16,7 +17,6 @@
 
 #define PAPER "arXiv:2402.18668"
 #define CHUNK 128
-#define QUADRATIC 256 /* tokens below which one chunk holds everything: pairs alone are cheaper than features */
 
 static attn_status take(attn_call *call, int64_t count, float **out)
 {
@@ -30,49 +30,15 @@ static int64_t packed_width(int64_t d) { return 1 + d + d * (d + 1) / 2; }
 
 static void expand(int64_t d, double scale, const float *x, float *phi)
 {
-    float linear = (float)sqrt(scale), pair = (float)scale, square = (float)(scale * sqrt(0.5));
-    *phi++ = 1;
-    for (int64_t i = 0; i < d; i++) {
-        *phi++ = linear * x[i];
-    }
-    for (int64_t i = 0; i < d; i++) {
-        float first = pair * x[i];
-        phi[0] = square * x[i] * x[i];
-        for (int64_t j = i + 1; j < d; j++) {
-            phi[j - i] = first * x[j];
-        }
-        phi += d - i;
-    }
+    attn_linear_kernels_get()->taylor_features(d, scale, x, phi);
 }
 
 static void expand_back(int64_t d, double scale, const float *x, const float *grad_phi, float *grad_x)
 {
-    float linear = (float)sqrt(scale), pair = (float)scale, square = (float)(2 * scale * sqrt(0.5));
-    grad_phi++;
-    for (int64_t i = 0; i < d; i++) {
-        grad_x[i] += linear * *grad_phi++;
-    }
-    for (int64_t i = 0; i < d; i++) {
-        float sum = square * grad_phi[0] * x[i];
-        for (int64_t j = i + 1; j < d; j++) {
-            sum += pair * grad_phi[j - i] * x[j];
-            grad_x[j] += pair * grad_phi[j - i] * x[i];
-        }
-        grad_x[i] += sum;
-        grad_phi += d - i;
-    }
+    attn_linear_kernels_get()->taylor_features_back(d, scale, x, grad_phi, grad_x);
 }
 
-static void pair_weights(int64_t count, float *s, float *slope)
-{
-    for (int64_t i = 0; i < count; i++) {
-        float x = s[i];
-        if (slope != NULL) {
-            slope[i] = 1 + x;
-        }
-        s[i] = 1 + x + 0.5f * x * x;
-    }
-}
+static void pair_weights(int64_t count, float *s, float *slope) { attn_linear_kernels_get()->taylor(s, slope, count); }
 
 static const attn_feature_map taylor = {packed_width, expand, expand_back, pair_weights};
 
@@ -87,8 +53,7 @@ typedef struct core {
 static attn_linattn shape_of(const core *c)
 {
     return (attn_linattn){.batch = c->batch, .heads = c->heads, .kv_heads = c->kv_heads, .n = c->n, .m = c->m, .d = c->d, .dv = c->dv + 1,
-                          .causal = c->causal, .chunk = attn_max_i64(c->n, c->m) <= QUADRATIC ? QUADRATIC : CHUNK, .scale = c->scale,
-                          .map = &taylor};
+                          .causal = c->causal, .chunk = CHUNK, .scale = c->scale, .map = &taylor};
 }
 
 /* Values with a column of ones, so that the row sums come out of the same products. */
@@ -156,13 +121,8 @@ static attn_status core_backward(attn_call *call, const core *c, const float *q,
 
 static double core_flops(const core *c)
 {
-    double heads = (double)(c->batch * c->heads), width = (double)(c->d + c->dv + 1), pairs;
-    if (attn_max_i64(c->n, c->m) <= QUADRATIC) {
-        pairs = c->causal ? (double)c->n * (double)c->m / 2 : (double)c->n * (double)c->m;
-        return 2 * heads * pairs * width;
-    }
-    pairs = c->causal ? (double)c->n * CHUNK / 2 : 0;
-    return heads * (2 * pairs * width + 2 * (double)(c->n + c->m) * (double)(packed_width(c->d) * (c->dv + 1)));
+    attn_linattn shape = shape_of(c);
+    return attn_linattn_flops(&shape);
 }
 
 /* ---- based ---- */
