@@ -7,6 +7,7 @@
 #include "kernel/tile.h"
 #include "layer/activation.h"
 #include "layer/conv.h"
+#include "layer/heads.h"
 #include "layer/linear.h"
 #include "layer/rope.h"
 #include "op/class.h"
@@ -17,12 +18,6 @@
 
 #define PAPER "arXiv:2402.18668"
 #define CHUNK 128
-
-static attn_status take(attn_call *call, int64_t count, float **out)
-{
-    *out = attn_scratch_f32(call, count);
-    return *out != NULL ? ATTN_OK : attn_fail_memory((size_t)count * sizeof(float));
-}
 
 /* ---- Features: phi(x) = 1 | sqrt(scale) x | scale/sqrt(2) x_i^2 and scale x_i x_j for i < j, row by row ---- */
 
@@ -60,7 +55,7 @@ static attn_linattn shape_of(const core *c)
 static attn_status widen(attn_call *call, const core *c, const float *v, float **wide)
 {
     int64_t rows = c->batch * c->kv_heads * c->m;
-    ATTN_TRY(take(call, rows * (c->dv + 1), wide));
+    ATTN_TRY(attn_take_f32(call, rows * (c->dv + 1), wide));
 #pragma omp parallel for schedule(static) num_threads(call->threads) if (call->threads > 1)
     for (int64_t r = 0; r < rows; r++) {
         memcpy(*wide + r * (c->dv + 1), v + r * c->dv, (size_t)c->dv * sizeof *v);
@@ -79,7 +74,7 @@ static attn_status core_forward(attn_call *call, const core *c, const float *q, 
     int64_t rows = c->batch * c->heads * c->n;
     attn_linattn shape = shape_of(c);
     ATTN_TRY(widen(call, c, v, &wide));
-    ATTN_TRY(take(call, rows * (c->dv + 1), &sums));
+    ATTN_TRY(attn_take_f32(call, rows * (c->dv + 1), &sums));
     ATTN_TRY(attn_linattn_forward(&shape, call->arena, call->threads, q, k, wide, NULL, sums, NULL));
 #pragma omp parallel for schedule(static) num_threads(call->threads) if (call->threads > 1)
     for (int64_t r = 0; r < rows; r++) {
@@ -102,8 +97,8 @@ static attn_status core_backward(attn_call *call, const core *c, const float *q,
     const attn_tile_kernels *kernels = attn_tile_kernels_get();
     attn_linattn shape = shape_of(c);
     ATTN_TRY(widen(call, c, v, &wide));
-    ATTN_TRY(take(call, rows * (c->dv + 1), &grad_sums));
-    ATTN_TRY(take(call, keys * (c->dv + 1), &grad_wide));
+    ATTN_TRY(attn_take_f32(call, rows * (c->dv + 1), &grad_sums));
+    ATTN_TRY(attn_take_f32(call, keys * (c->dv + 1), &grad_wide));
 #pragma omp parallel for schedule(static) num_threads(call->threads) if (call->threads > 1)
     for (int64_t r = 0; r < rows; r++) {
         float factor = c->normalize ? reciprocal(c, z[r]) : 1, *to = grad_sums + r * (c->dv + 1);
@@ -295,7 +290,7 @@ static attn_status decode_forward(attn_call *call)
               .scale = attn_default_scale(p->scale, attn_dim(call, "D")), .eps = p->eps};
     int64_t heads = c.batch * c.kv_heads, group = c.heads / c.kv_heads;
     float *phi;
-    ATTN_TRY(take(call, call->threads * (1 + group) * f, &phi));
+    ATTN_TRY(attn_take_f32(call, call->threads * (1 + group) * f, &phi));
     const attn_tensor *in[2] = {call->t[D_KV], call->t[D_K_STATE]}, *out[2] = {call->t[D_KV_OUT], call->t[D_K_OUT]};
     for (int s = 0; s < 2; s++) {
         size_t bytes = (size_t)(heads * f * (s == 0 ? c.dv : 1)) * sizeof(float);
@@ -388,8 +383,8 @@ static attn_status window_setup(attn_call *call, window_work *w)
     int64_t n = attn_dim(call, "N"), m = attn_dim(call, "M"), batch = attn_dim(call, "B");
     *w = (window_work){.q = attn_f32(call->t[Q]), .k = attn_f32(call->t[K])};
     if (p->rotary_dim > 0) {
-        ATTN_TRY(take(call, attn_tensor_count(call->t[Q]), &w->q));
-        ATTN_TRY(take(call, attn_tensor_count(call->t[K]), &w->k));
+        ATTN_TRY(attn_take_f32(call, attn_tensor_count(call->t[Q]), &w->q));
+        ATTN_TRY(attn_take_f32(call, attn_tensor_count(call->t[K]), &w->k));
         ATTN_TRY(rotate(call, batch * attn_dim(call, "H"), n, m - n, 0, attn_f32(call->t[Q]), w->q));
         ATTN_TRY(rotate(call, batch * attn_dim(call, "Hkv"), m, 0, 0, attn_f32(call->t[K]), w->k));
     }
@@ -417,7 +412,7 @@ static attn_status window_backward(attn_call *call)
     const based_params *p = call->params;
     attn_exec exec = {.threads = call->threads, .arena = call->arena};
     ATTN_TRY(window_setup(call, &w));
-    ATTN_TRY(take(call, batch * heads * n, &lse_data));
+    ATTN_TRY(attn_take_f32(call, batch * heads * n, &lse_data));
     attn_tensor lse = attn_tensor_make(lse_data, ATTN_F32, 3, (int64_t[]){batch, heads, n});
     ATTN_TRY(attn_dense_forward(&w.settings, &w.in, call->t[O], &lse, &exec));
     attn_dense_gradients to = {.q = call->grad[Q], .k = call->grad[K], .v = call->grad[V]};
@@ -528,13 +523,13 @@ static attn_status conv_inner(attn_call *call, conv *c)
     *c = (conv){.batch = attn_dim(call, "B"), .n = attn_dim(call, "N"), .c = attn_dim(call, "C"), .inner = attn_dim(call, "I"),
                 .kept = attn_dim(call, "K") - 1};
     c->rows = c->batch * c->n;
-    ATTN_TRY(take(call, c->rows * 2 * c->inner, &u));
-    ATTN_TRY(take(call, c->rows * c->inner, &c->u1));
-    ATTN_TRY(take(call, c->rows * c->inner, &c->u2));
-    ATTN_TRY(take(call, c->rows * c->inner, &c->y));
-    ATTN_TRY(take(call, c->rows * c->inner, &c->mixed));
+    ATTN_TRY(attn_take_f32(call, c->rows * 2 * c->inner, &u));
+    ATTN_TRY(attn_take_f32(call, c->rows * c->inner, &c->u1));
+    ATTN_TRY(attn_take_f32(call, c->rows * c->inner, &c->u2));
+    ATTN_TRY(attn_take_f32(call, c->rows * c->inner, &c->y));
+    ATTN_TRY(attn_take_f32(call, c->rows * c->inner, &c->mixed));
     if (call->t[C_STATE] != NULL) {
-        ATTN_TRY(take(call, c->batch * c->kept * c->inner + 1, &c->state));
+        ATTN_TRY(attn_take_f32(call, c->batch * c->kept * c->inner + 1, &c->state));
         turn_state(c, attn_f32(call->t[C_STATE]), c->state, 0);
     }
     c->filter = (attn_conv1d){.sequences = c->batch, .length = c->n, .channels = c->inner, .taps = c->kept + 1, .sets = 1,
@@ -587,12 +582,12 @@ static attn_status conv_backward(attn_call *call)
     float *gm, *gy, *gu, *gu1, *gstate = NULL;
     ATTN_TRY(conv_inner(call, &c));
     int64_t count = c.rows * c.inner;
-    ATTN_TRY(take(call, count, &gm));
-    ATTN_TRY(take(call, count, &gy));
-    ATTN_TRY(take(call, count, &gu1));
-    ATTN_TRY(take(call, 2 * count, &gu));
+    ATTN_TRY(attn_take_f32(call, count, &gm));
+    ATTN_TRY(attn_take_f32(call, count, &gy));
+    ATTN_TRY(attn_take_f32(call, count, &gu1));
+    ATTN_TRY(attn_take_f32(call, 2 * count, &gu));
     if (call->grad[C_STATE] != NULL) {
-        ATTN_TRY(take(call, c.batch * c.kept * c.inner + 1, &gstate));
+        ATTN_TRY(attn_take_f32(call, c.batch * c.kept * c.inner + 1, &gstate));
     }
     ATTN_TRY(attn_linear_backward(call->arena, call->threads, c.rows, c.inner, c.c, c.mixed, attn_f32(call->t[C_OUT_W]),
                                   attn_f32(call->grad[C_O]), gm, attn_f32(call->grad[C_OUT_W]), attn_f32(call->grad[C_OUT_B])));
@@ -674,16 +669,10 @@ static attn_status layer_bind(attn_call *call)
     return layer_setup(call, &c);
 }
 
-/* rows [B, N, heads * width] to heads [B, heads, N, width], or back. */
-static void turn(const core *c, int threads, int64_t width, const float *from, float *to, int back)
+/* Heads of `width` in rows of tokens. */
+static attn_head_rows heads_of(const core *c, int64_t width)
 {
-#pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
-    for (int64_t r = 0; r < c->batch * c->n; r++) {
-        for (int64_t h = 0; h < c->heads; h++) {
-            int64_t row = (r * c->heads + h) * width, head = ((r / c->n * c->heads + h) * c->n + r % c->n) * width;
-            memcpy(to + (back ? row : head), from + (back ? head : row), (size_t)width * sizeof *to);
-        }
-    }
+    return (attn_head_rows){c->batch, c->n, c->heads, width, c->heads * width, 0};
 }
 
 typedef struct layer_work {
@@ -696,19 +685,21 @@ static attn_status layer_inner(attn_call *call, const core *c, layer_work *w)
 {
     int64_t rows = c->batch * c->n, most = attn_max_i64(c->d, c->dv) * c->heads;
     float *spare;
-    ATTN_TRY(take(call, rows * most, &spare));
+    ATTN_TRY(attn_take_f32(call, rows * most, &spare));
     for (int i = 0; i < 3; i++) {
         int64_t width = layer_width(c, i);
-        ATTN_TRY(take(call, rows * c->heads * width, &w->in[i]));
+        ATTN_TRY(attn_take_f32(call, rows * c->heads * width, &w->in[i]));
         ATTN_TRY(attn_linear_forward(call->arena, call->threads, rows, attn_dim(call, "C"), c->heads * width, attn_f32(call->t[L_X]),
                                      attn_f32(call->t[L_Q + i]), NULL, spare));
-        turn(c, call->threads, width, spare, w->in[i], 0);
+        attn_head_rows heads = heads_of(c, width);
+        attn_heads_split(&heads, call->threads, spare, w->in[i]);
     }
-    ATTN_TRY(take(call, rows * c->heads * c->dv, &w->o));
-    ATTN_TRY(take(call, rows * c->heads * c->dv, &w->rows));
-    ATTN_TRY(take(call, rows * c->heads, &w->z));
+    ATTN_TRY(attn_take_f32(call, rows * c->heads * c->dv, &w->o));
+    ATTN_TRY(attn_take_f32(call, rows * c->heads * c->dv, &w->rows));
+    ATTN_TRY(attn_take_f32(call, rows * c->heads, &w->z));
     ATTN_TRY(core_forward(call, c, w->in[0], w->in[1], w->in[2], w->o, w->z));
-    turn(c, call->threads, c->dv, w->o, w->rows, 1);
+    attn_head_rows out = heads_of(c, c->dv);
+    attn_heads_join(&out, call->threads, w->o, w->rows);
     return ATTN_OK;
 }
 
@@ -730,24 +721,26 @@ static attn_status layer_backward(attn_call *call)
     ATTN_TRY(layer_setup(call, &c));
     ATTN_TRY(layer_inner(call, &c, &w));
     int64_t rows = c.batch * c.n, width = attn_dim(call, "C"), most = attn_max_i64(c.d, c.dv) * c.heads;
-    ATTN_TRY(take(call, rows * c.heads * c.dv, &grad_rows));
-    ATTN_TRY(take(call, rows * c.heads * c.dv, &grad_heads));
-    ATTN_TRY(take(call, rows * most, &spare));
-    ATTN_TRY(take(call, rows * width, &more));
+    ATTN_TRY(attn_take_f32(call, rows * c.heads * c.dv, &grad_rows));
+    ATTN_TRY(attn_take_f32(call, rows * c.heads * c.dv, &grad_heads));
+    ATTN_TRY(attn_take_f32(call, rows * most, &spare));
+    ATTN_TRY(attn_take_f32(call, rows * width, &more));
     for (int i = 0; i < 3; i++) {
-        ATTN_TRY(take(call, rows * c.heads * layer_width(&c, i), &grads[i]));
+        ATTN_TRY(attn_take_f32(call, rows * c.heads * layer_width(&c, i), &grads[i]));
     }
     ATTN_TRY(attn_linear_backward(call->arena, call->threads, rows, c.heads * c.dv, width, w.rows, attn_f32(call->t[L_O_W]),
                                   attn_f32(call->grad[L_O]), grad_rows, attn_f32(call->grad[L_O_W]), NULL));
-    turn(&c, call->threads, c.dv, grad_rows, grad_heads, 0);
+    attn_head_rows out = heads_of(&c, c.dv);
+    attn_heads_split(&out, call->threads, grad_rows, grad_heads);
     ATTN_TRY(core_backward(call, &c, w.in[0], w.in[1], w.in[2], w.o, w.z, grad_heads, grads[0], grads[1], grads[2]));
     for (int i = 0; i < 3; i++) {
         int64_t own = layer_width(&c, i);
-        turn(&c, call->threads, own, grads[i], spare, 1);
+        attn_head_rows heads = heads_of(&c, own);
+        attn_heads_join(&heads, call->threads, grads[i], spare);
         ATTN_TRY(attn_linear_backward(call->arena, call->threads, rows, width, c.heads * own, attn_f32(call->t[L_X]),
                                       attn_f32(call->t[L_Q + i]), spare, grad_x != NULL ? more : NULL, attn_f32(call->grad[L_Q + i]), NULL));
-        for (int64_t e = 0; e < rows * width && grad_x != NULL; e++) {
-            grad_x[e] += more[e];
+        if (grad_x != NULL) {
+            attn_add_f32(call->threads, rows * width, grad_x, more);
         }
     }
     return ATTN_OK;
