@@ -2,6 +2,7 @@
  * hand them on to all queries by a second one: linear in the number of tokens. With positional biases for vision models, the vision layer
  * around it, and token merging for diffusion models without training.
  */
+#include "exec/pool.h"
 #include "layer/conv.h"
 #include "layer/heads.h"
 #include "layer/linear.h"
@@ -79,7 +80,7 @@ static attn_status core_attend(attn_call *call, const core *c)
     attn_exec exec = {.threads = call->threads, .arena = call->arena};
     attn_dense_settings first = scaled(c->scale), second = scaled(c->scale2);
     attn_dense_inputs in = collect_inputs(c, &bias);
-    ATTN_TRY(attn_dense_forward(&first, &in, &o, &lse, &exec));
+    ATTN_TRY(attn_pool_forward(&first, &in, &o, &lse, &exec));
     in = hand_on_inputs(c, &bias);
     o = view(c->o, c->batch, c->heads, c->n, c->dv);
     lse = view3(c->lse2, c->batch, c->heads, c->n);
@@ -121,7 +122,7 @@ static attn_status core_back(attn_call *call, const core *c, const core_gradient
     gbias = view(g->bias_an, c->an_batch, c->heads, c->a, c->m);
     in = collect_inputs(c, &bias);
     to = (attn_dense_gradients){.q = &gmore, .k = &gk, .v = &gv, .bias = g->bias_an != NULL ? &gbias : NULL};
-    ATTN_TRY(attn_dense_backward(&first, &in, &o, &lse, &gav, &to, &exec));
+    ATTN_TRY(attn_pool_backward(&first, &in, &o, &lse, &gav, &to, &exec));
     add(g->agents, more, c->batch * c->heads * c->a * c->d);
     add_shortcut(c, g->o, g->v, 1);
     return ATTN_OK;

@@ -1,0 +1,235 @@
+#include "exec/pool.h"
+
+#include "exec/dense.h"
+
+#include <math.h>
+#include <omp.h>
+#include <string.h>
+
+#define PART 2048     /* keys of a part */
+#define FEW_TASKS 8   /* from so many on, dense has work for all threads by itself */
+#define TASK_ROWS 192 /* query rows of one of its tasks */
+
+/* A view of keys [first, first + count) along an axis. */
+static attn_tensor slice(const attn_tensor *t, int axis, int64_t first, int64_t count)
+{
+    attn_tensor out = *t;
+    out.shape[axis] = count;
+    out.data = (char *)t->data + (size_t)(first * t->stride[axis]) * attn_dtype_size(t->dtype);
+    return out;
+}
+
+/* The inputs of one part; views live in `parts`. */
+typedef struct part_inputs {
+    attn_dense_inputs in;
+    attn_tensor bias, k_scale, v_scale;
+} part_inputs;
+
+static void make_part(const attn_dense_inputs *in, int64_t first, int64_t count, part_inputs *part)
+{
+    part->in = (attn_dense_inputs){.q = in->q, .k = slice(&in->k, 2, first, count), .v = slice(&in->v, 2, first, count)};
+    if (in->bias != NULL) {
+        part->bias = slice(in->bias, 3, first, count);
+        part->in.bias = &part->bias;
+    }
+    if (in->k_scale != NULL) {
+        part->k_scale = slice(in->k_scale, 2, first, count);
+        part->in.k_scale = &part->k_scale;
+    }
+    if (in->v_scale != NULL) {
+        part->v_scale = slice(in->v_scale, 2, first, count);
+        part->in.v_scale = &part->v_scale;
+    }
+}
+
+static int64_t part_count(const attn_dense_inputs *in)
+{
+    if (in->q.ndim != 4 || in->k.ndim != 4 || in->v.ndim != 4 || in->k.shape[1] < 1 || in->v.shape[2] != in->k.shape[2]) {
+        return 1; /* dense says what is wrong */
+    }
+    int64_t rows = in->q.shape[1] / in->k.shape[1] * in->q.shape[2];
+    int64_t tasks = in->q.shape[0] * in->k.shape[1] * attn_ceil_div(rows, TASK_ROWS);
+    return tasks < FEW_TASKS && rows > 0 ? attn_ceil_div(in->k.shape[2], PART) : 1;
+}
+
+/* What each part gives: o [parts][B,H,N,Dv] and lse [parts][B,H,N]; an arena per thread. */
+typedef struct work {
+    int64_t parts, rows, dv;
+    float *o, *lse;
+    attn_arena **arenas;
+    int threads;
+} work;
+
+static void work_end(work *w)
+{
+    for (int i = 0; i < w->threads; i++) {
+        attn_arena_destroy(w->arenas[i]);
+    }
+}
+
+static attn_status work_begin(work *w, const attn_dense_inputs *in, int64_t parts, attn_arena *arena, int threads)
+{
+    *w = (work){.parts = parts, .rows = in->q.shape[0] * in->q.shape[1] * in->q.shape[2], .dv = in->v.shape[3]};
+    int64_t most = attn_max_i64(w->dv, in->q.shape[3]);
+    w->o = attn_arena_array(arena, (size_t)(parts * w->rows), (size_t)most * sizeof *w->o);
+    w->lse = attn_arena_array(arena, (size_t)(parts * w->rows), sizeof *w->lse);
+    w->arenas = attn_arena_array(arena, (size_t)threads, sizeof *w->arenas);
+    if (w->o == NULL || w->lse == NULL || w->arenas == NULL) {
+        return attn_fail_memory((size_t)(parts * w->rows * (most + 1)) * sizeof(float));
+    }
+    for (; w->threads < threads; w->threads++) {
+        attn_status status = attn_arena_create(&w->arenas[w->threads], 0);
+        if (status != ATTN_OK) {
+            work_end(w);
+            return status;
+        }
+    }
+    return ATTN_OK;
+}
+
+static attn_tensor part_o(const work *w, const attn_dense_inputs *in, int64_t part, int64_t width)
+{
+    return attn_tensor_make(w->o + part * w->rows * width, ATTN_F32, 4,
+                            (int64_t[]){in->q.shape[0], in->q.shape[1], in->q.shape[2], width});
+}
+
+static attn_status run_parts(const attn_dense_settings *settings, const attn_dense_inputs *in, const work *w)
+{
+    attn_status result = ATTN_OK;
+#pragma omp parallel for schedule(dynamic, 1) num_threads(w->threads) if (w->threads > 1)
+    for (int64_t i = 0; i < w->parts; i++) {
+        part_inputs part;
+        make_part(in, i * PART, attn_min_i64(PART, in->k.shape[2] - i * PART), &part);
+        attn_tensor o = part_o(w, in, i, w->dv);
+        attn_tensor lse = attn_tensor_make(w->lse + i * w->rows, ATTN_F32, 3, in->q.shape);
+        attn_exec exec = {.threads = 1, .arena = w->arenas[omp_get_thread_num()]};
+        attn_status status = attn_dense_forward(settings, &part.in, &o, &lse, &exec);
+        if (status != ATTN_OK) {
+#pragma omp critical(attn_pool_failure)
+            result = status;
+        }
+    }
+    return result == ATTN_OK ? ATTN_OK : attn_fail(result, "a part of the keys failed: %s", attn_status_name(result));
+}
+
+/* Row r of the parts into the first one's row of o. */
+static double merge_row(const work *w, int64_t r)
+{
+    double top = -INFINITY, sum = 0;
+    for (int64_t i = 0; i < w->parts; i++) {
+        top = (double)w->lse[i * w->rows + r] > top ? (double)w->lse[i * w->rows + r] : top;
+    }
+    if (top == -INFINITY) {
+        return top;
+    }
+    for (int64_t i = 0; i < w->parts; i++) {
+        sum += exp((double)w->lse[i * w->rows + r] - top);
+    }
+    for (int64_t c = 0; c < w->dv; c++) {
+        double value = 0;
+        for (int64_t i = 0; i < w->parts; i++) {
+            value += exp((double)w->lse[i * w->rows + r] - top) * (double)w->o[(i * w->rows + r) * w->dv + c];
+        }
+        w->o[r * w->dv + c] = (float)(value / sum);
+    }
+    return top + log(sum);
+}
+
+static int plain_f32(const attn_tensor *t)
+{
+    return t->dtype == ATTN_F32 && attn_tensor_is_contiguous(t);
+}
+
+attn_status attn_pool_forward(const attn_dense_settings *settings, const attn_dense_inputs *inputs, const attn_tensor *o,
+                              const attn_tensor *lse, const attn_exec *exec)
+{
+    int64_t parts = part_count(inputs);
+    if (parts < 2 || !plain_f32(o) || (lse != NULL && !plain_f32(lse))) {
+        return attn_dense_forward(settings, inputs, o, lse, exec);
+    }
+    dense_problem problem;
+    attn_scratch scratch;
+    work w;
+    ATTN_TRY(attn_dense_check(&problem, settings, inputs)); /* here, so that this thread has the message */
+    ATTN_TRY(attn_scratch_begin(&scratch, exec));
+    attn_status status = work_begin(&w, inputs, parts, scratch.arena, attn_exec_threads(exec));
+    if (status == ATTN_OK) {
+        status = run_parts(settings, inputs, &w);
+        for (int64_t r = 0; r < w.rows && status == ATTN_OK; r++) {
+            double sum = merge_row(&w, r);
+            if (lse != NULL) {
+                ((float *)lse->data)[r] = (float)sum;
+            }
+        }
+        if (status == ATTN_OK) {
+            memcpy(o->data, w.o, (size_t)(w.rows * w.dv) * sizeof(float));
+        }
+        work_end(&w);
+    }
+    attn_scratch_end(&scratch);
+    return status;
+}
+
+/* dq of each part into w->o, the others straight into their slices. */
+static attn_status run_parts_back(const attn_dense_settings *settings, const attn_dense_inputs *in, const attn_tensor *o,
+                                  const attn_tensor *lse, const attn_tensor *grad_o, const attn_dense_gradients *to, const work *w)
+{
+    attn_status result = ATTN_OK;
+#pragma omp parallel for schedule(dynamic, 1) num_threads(w->threads) if (w->threads > 1)
+    for (int64_t i = 0; i < w->parts; i++) {
+        int64_t first = i * PART, count = attn_min_i64(PART, in->k.shape[2] - first);
+        part_inputs part;
+        make_part(in, first, count, &part);
+        attn_tensor q = part_o(w, in, i, in->q.shape[3]), k, v, bias;
+        attn_dense_gradients some = {.q = to->q != NULL ? &q : NULL};
+        if (to->k != NULL) {
+            k = slice(to->k, 2, first, count);
+            some.k = &k;
+        }
+        if (to->v != NULL) {
+            v = slice(to->v, 2, first, count);
+            some.v = &v;
+        }
+        if (to->bias != NULL) {
+            bias = slice(to->bias, 3, first, count);
+            some.bias = &bias;
+        }
+        attn_exec exec = {.threads = 1, .arena = w->arenas[omp_get_thread_num()]};
+        attn_status status = attn_dense_backward(settings, &part.in, o, lse, grad_o, &some, &exec);
+        if (status != ATTN_OK) {
+#pragma omp critical(attn_pool_failure)
+            result = status;
+        }
+    }
+    return result == ATTN_OK ? ATTN_OK : attn_fail(result, "a part of the keys failed: %s", attn_status_name(result));
+}
+
+attn_status attn_pool_backward(const attn_dense_settings *settings, const attn_dense_inputs *inputs, const attn_tensor *o,
+                               const attn_tensor *lse, const attn_tensor *grad_o, const attn_dense_gradients *gradients,
+                               const attn_exec *exec)
+{
+    int64_t parts = part_count(inputs);
+    if (parts < 2 || (gradients->q != NULL && !plain_f32(gradients->q))) {
+        return attn_dense_backward(settings, inputs, o, lse, grad_o, gradients, exec);
+    }
+    dense_problem problem;
+    attn_scratch scratch;
+    work w;
+    ATTN_TRY(attn_dense_check(&problem, settings, inputs)); /* here, so that this thread has the message */
+    ATTN_TRY(attn_scratch_begin(&scratch, exec));
+    attn_status status = work_begin(&w, inputs, parts, scratch.arena, attn_exec_threads(exec));
+    if (status == ATTN_OK) {
+        status = run_parts_back(settings, inputs, o, lse, grad_o, gradients, &w);
+        int64_t size = w.rows * inputs->q.shape[3];
+        for (int64_t e = 0; e < size && gradients->q != NULL && status == ATTN_OK; e++) {
+            double sum = 0;
+            for (int64_t i = 0; i < parts; i++) {
+                sum += (double)w.o[i * size + e];
+            }
+            ((float *)gradients->q->data)[e] = (float)sum;
+        }
+        work_end(&w);
+    }
+    attn_scratch_end(&scratch);
+    return status;
+}
