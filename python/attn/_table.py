@@ -327,8 +327,9 @@ def kernel_source(m, one):
 
 def schema(m):
     """The operator's schema in PyTorch's notation. Every output is there; those not computed are empty tensors."""
-    kinds = {"bool": "bool", "int": "int", "float": "float", "choice": "str", "ints": "int[]", "floats": "float[]",
-             "bools": "bool[]"}
+    # [1]: a number stands for a list of one.
+    kinds = {"bool": "bool", "int": "int", "float": "float", "choice": "str", "ints": "int[1]", "floats": "float[1]",
+             "bools": "bool[1]"}
     parts = [f"Tensor{'?' if p.optional else ''} {p.identifier}{'=None' if p.optional else ''}" for p in m.arguments]
     parts.append("*")
     for p in m.params:

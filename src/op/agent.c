@@ -548,7 +548,7 @@ static const attn_port_info layer_ports[] = {
     ATTN_IN("sr_w", "C,C,r,r", FLOAT, ATTN_PORT_OPTIONAL | ATTN_PORT_DIFF, "convolution that reduces the grid"),
     ATTN_IN("sr_b", "C", FLOAT, ATTN_PORT_OPTIONAL | ATTN_PORT_DIFF, "its bias"),
     ATTN_IN("ln_w", "C", FLOAT, ATTN_PORT_OPTIONAL | ATTN_PORT_DIFF, "layer norm after it"),
-    ATTN_IN("ln_b", "C", FLOAT, ATTN_PORT_OPTIONAL | ATTN_PORT_DIFF, ""),
+    ATTN_IN("ln_b", "C", FLOAT, ATTN_PORT_OPTIONAL | ATTN_PORT_DIFF, "bias of the layer norm"),
     ATTN_OUT("o", "B,N,C", FLOAT, ATTN_PORT_DIFF, "the layer's output"),
 };
 

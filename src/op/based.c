@@ -207,7 +207,7 @@ static const attn_port_info decode_ports[] = {
     ATTN_IN("k_state", "B,Hkv,Fin", FLOAT, ATTN_PORT_OPTIONAL, "sum of features"),
     ATTN_OUT("o", "B,H,N,Dv", FLOAT, 0, "the attention output"),
     ATTN_OUT("kv_state", "B,Hkv,F,Dv", FLOAT, 0, "the state after these tokens"),
-    ATTN_OUT("k_state", "B,Hkv,F", FLOAT, 0, ""),
+    ATTN_OUT("k_state", "B,Hkv,F", FLOAT, 0, "sum of the features after these tokens"),
 };
 
 static int64_t state_width(const attn_call *call)

@@ -262,21 +262,21 @@ enum { CPE1_W, CPE1_B, LN1_W, LN1_B, QKV, B_QKV, PROJ, B_PROJ, CPE2_W, CPE2_B, L
 
 #define BLOCK_INPUTS(prefix, hidden)                                                                                   \
     ATTN_IN(prefix "cpe1_w", "C,3,3", FLOAT, ATTN_PORT_DIFF, "convolutional positions before the attention"),          \
-        ATTN_IN(prefix "cpe1_b", "C", FLOAT, ATTN_PORT_DIFF, ""),                                                      \
+        ATTN_IN(prefix "cpe1_b", "C", FLOAT, ATTN_PORT_DIFF, "its bias"),                                              \
         ATTN_IN(prefix "ln1_w", "C", FLOAT, ATTN_PORT_DIFF, "norm before the attention"),                              \
-        ATTN_IN(prefix "ln1_b", "C", FLOAT, ATTN_PORT_DIFF, ""),                                                       \
+        ATTN_IN(prefix "ln1_b", "C", FLOAT, ATTN_PORT_DIFF, "its bias"),                                               \
         ATTN_IN(prefix "w_qkv", "3*C,C", FLOAT, ATTN_PORT_DIFF, "projection, in three thirds"),                        \
-        ATTN_IN(prefix "b_qkv", "3*C", FLOAT, ATTN_PORT_OPTIONAL | ATTN_PORT_DIFF, ""),                                \
+        ATTN_IN(prefix "b_qkv", "3*C", FLOAT, ATTN_PORT_OPTIONAL | ATTN_PORT_DIFF, "its bias"),                        \
         ATTN_IN(prefix "w_proj", "C,C", FLOAT, ATTN_PORT_DIFF, "output projection"),                                   \
-        ATTN_IN(prefix "b_proj", "C", FLOAT, ATTN_PORT_DIFF, ""),                                                      \
+        ATTN_IN(prefix "b_proj", "C", FLOAT, ATTN_PORT_DIFF, "its bias"),                                              \
         ATTN_IN(prefix "cpe2_w", "C,3,3", FLOAT, ATTN_PORT_DIFF, "convolutional positions after it"),                  \
-        ATTN_IN(prefix "cpe2_b", "C", FLOAT, ATTN_PORT_DIFF, ""),                                                      \
+        ATTN_IN(prefix "cpe2_b", "C", FLOAT, ATTN_PORT_DIFF, "its bias"),                                              \
         ATTN_IN(prefix "ln2_w", "C", FLOAT, ATTN_PORT_OPTIONAL | ATTN_PORT_DIFF, "norm before the feed-forward part"), \
-        ATTN_IN(prefix "ln2_b", "C", FLOAT, ATTN_PORT_OPTIONAL | ATTN_PORT_DIFF, ""),                                  \
+        ATTN_IN(prefix "ln2_b", "C", FLOAT, ATTN_PORT_OPTIONAL | ATTN_PORT_DIFF, "its bias"),                          \
         ATTN_IN(prefix "w_fc1", hidden ",C", FLOAT, ATTN_PORT_OPTIONAL | ATTN_PORT_DIFF, "feed-forward part"),         \
-        ATTN_IN(prefix "b_fc1", hidden, FLOAT, ATTN_PORT_OPTIONAL | ATTN_PORT_DIFF, ""),                               \
-        ATTN_IN(prefix "w_fc2", "C," hidden, FLOAT, ATTN_PORT_OPTIONAL | ATTN_PORT_DIFF, ""),                          \
-        ATTN_IN(prefix "b_fc2", "C", FLOAT, ATTN_PORT_OPTIONAL | ATTN_PORT_DIFF, "")
+        ATTN_IN(prefix "b_fc1", hidden, FLOAT, ATTN_PORT_OPTIONAL | ATTN_PORT_DIFF, "its bias"),                       \
+        ATTN_IN(prefix "w_fc2", "C," hidden, FLOAT, ATTN_PORT_OPTIONAL | ATTN_PORT_DIFF, "projection back"),           \
+        ATTN_IN(prefix "b_fc2", "C", FLOAT, ATTN_PORT_OPTIONAL | ATTN_PORT_DIFF, "its bias")
 
 typedef struct block {
     mixer mixer;
@@ -584,7 +584,7 @@ static const attn_port_info embed_ports[] = {
     ATTN_IN("w", "Cout,Cin,kh,kw", FLOAT, ATTN_PORT_DIFF, "convolution"),
     ATTN_IN("b", "Cout", FLOAT, ATTN_PORT_DIFF, "its bias"),
     ATTN_IN("ln_w", "Cn", FLOAT, ATTN_PORT_DIFF, "layer norm, of Cin or Cout channels"),
-    ATTN_IN("ln_b", "Cn", FLOAT, ATTN_PORT_DIFF, ""),
+    ATTN_IN("ln_b", "Cn", FLOAT, ATTN_PORT_DIFF, "bias of the layer norm"),
     ATTN_OUT("o", "B,Nout,Cout", FLOAT, ATTN_PORT_DIFF, "tokens of the smaller grid"),
 };
 

@@ -517,11 +517,11 @@ static const attn_port_info decode_ports[] = {
     STATE_IN("kv_state", "B,H,D,Dv", "state of the product"),
     ATTN_OUT("o", "B,H,N,Dv", FLOAT, 0, "the attention output"),
     ATTN_OUT("k_sum", "B,H,D", FLOAT, 0, "the state after these tokens"),
-    ATTN_OUT("q_sum", "B,H,D", FLOAT, 0, ""),
-    ATTN_OUT("k_out_sum", "B,H,D", FLOAT, 0, ""),
-    ATTN_OUT("q_in_sum", "B,H,D", FLOAT, 0, ""),
-    ATTN_OUT("exp_sum", "B,H", FLOAT, 0, ""),
-    ATTN_OUT("kv_state", "B,H,D,Dv", FLOAT, 0, ""),
+    ATTN_OUT("q_sum", "B,H,D", FLOAT, 0, "sum of mapped queries"),
+    ATTN_OUT("k_out_sum", "B,H,D", FLOAT, 0, "sum of keys over their outgoing flow"),
+    ATTN_OUT("q_in_sum", "B,H,D", FLOAT, 0, "sum of queries over their incoming flow"),
+    ATTN_OUT("exp_sum", "B,H", FLOAT, 0, "sum of the sources' exponentials"),
+    ATTN_OUT("kv_state", "B,H,D,Dv", FLOAT, 0, "state of the product"),
 };
 
 static attn_status decode_bind(attn_call *call)
