@@ -9,7 +9,8 @@
 
 static const char help[] =
     "Usage: attn bench [OPTION]... [SPEC]...\n"
-    "       attn bench --machine\n\n"
+    "       attn bench --machine\n"
+    "       attn bench --plan PLAN [--dim D] [--threads N]     (the same as attn plan time)\n\n"
     "Time mechanisms on random inputs beside exact attention, in one run: time, GFLOP/s of the work that the mechanism\n"
     "counts, its share of this machine's measured multiply-add peak, and the speed-up over dense on the same inputs.\n"
     "Without SPEC: dense and every mechanism that needs only q, k, v and default parameters.\n\n"
@@ -184,6 +185,11 @@ static void print_row(const bench_options *o, const char *spec, int64_t n, attn_
 
 int cli_bench(int argc, char **argv)
 {
+    if (argc > 1 && strcmp(argv[1], "--plan") == 0) {
+        argv[0] = "plan";
+        argv[1] = "time";
+        return cli_plan(argc, argv);
+    }
     enum { HEADS = 256, KV_HEADS, FULL, BACKWARD, REPEATS, THREADS, MACHINE };
     static const struct option options[] = {{"tokens", required_argument, NULL, 'n'},    {"width", required_argument, NULL, 'd'},
                                             {"heads", required_argument, NULL, HEADS},   {"kv-heads", required_argument, NULL, KV_HEADS},
