@@ -1,4 +1,4 @@
-/* Every mechanism at three sizes beside exact attention: time, ratio to `dense` with the same heads and widths, share of the machine's peak
+/* Every mechanism at four sizes beside exact attention: time, ratio to `dense` with the same heads and widths, share of the machine's peak
  * by the mechanism's own account of its work, and the scratch memory of a call beyond its inputs and outputs.
  *     bench_systems [--threads N] [--backward] [NAME...]
  */
@@ -281,7 +281,7 @@ static void run(const bench_system *s, long n, int backward, int threads, double
 
 int main(int argc, char **argv)
 {
-    static const long sizes[] = {1024, 4096, 16384};
+    static const long sizes[] = {1024, 4096, 9216, 16384}; /* squares, for images */
     int backward = 0, first = 1, threads = 2;
     for (; first < argc && argv[first][0] == '-'; first++) {
         if (strcmp(argv[first], "--backward") == 0) {
@@ -303,7 +303,7 @@ int main(int argc, char **argv)
         for (int a = first; a < argc; a++) {
             wanted |= strncmp(systems[i].spec, argv[a], strlen(argv[a])) == 0;
         }
-        for (int k = 0; k < 3 && wanted; k++) {
+        for (int k = 0; k < 4 && wanted; k++) {
             run(&systems[i], sizes[k], backward, threads, peak);
         }
     }

@@ -1,10 +1,7 @@
 /* Every allocation made to fail in turn: a status, no crash, no leak; and the call works again afterwards. */
-#include <attn/dense.h>
-#include <attn/memory.h>
-#include <attn/op.h>
-#include <attn/plan.h>
-#include <attn/safetensors.h>
-#include <attn/sample.h>
+#include <attn/attn.h>
+
+#include "gguf_build.h"
 
 #include <setjmp.h>
 #include <stdarg.h>
@@ -108,6 +105,79 @@ static attn_status flexprefill(void) { return forward_and_backward("flexprefill:
 static attn_status softpag(void) { return forward_and_backward("softpag:u=0.5,target=query_mean", 30); }
 static attn_status lightning(void) { return forward_and_backward("lightning:block=16", 60); }
 
+static attn_status neighborhood(void) { return forward_and_backward("neighborhood:grid=[10,10],kernel=3", 100); }
+static attn_status halo(void) { return forward_and_backward("halo:grid=[10,10],block=4,halo=1", 100); }
+static attn_status window(void) { return forward_and_backward("davit.window:grid=[10,10],window=4", 100); }
+static attn_status agent(void) { return forward_and_backward("agent:grid=[10,10],agent_grid=[2,3]", 100); }
+static attn_status flow(void) { return forward_and_backward("flow:causal=true", 60); }
+static attn_status based(void) { return forward_and_backward("based", 60); }
+
+static gguf_build model_file;
+
+static attn_status tokenizer(void)
+{
+    attn_gguf *file;
+    attn_tokenizer *made = NULL;
+    int32_t *tokens = NULL;
+    int64_t count;
+    attn_status status = attn_gguf_open_memory(&file, model_file.data, model_file.bytes);
+    if (status != ATTN_OK) {
+        return status;
+    }
+    status = attn_tokenizer_from_gguf(&made, file);
+    if (status == ATTN_OK) {
+        status = attn_tokenize(made, "abcab", 5, 0, &tokens, &count);
+    }
+    attn_tokens_free(tokens);
+    attn_tokenizer_destroy(made);
+    attn_gguf_close(file);
+    return status;
+}
+
+/* A policy of several mechanisms in a context that reads a prompt and generates, then watched heads. */
+static attn_status policy(void)
+{
+    static const int32_t tokens[80] = {1, 2, 3, 4, 5, 6, 7};
+    attn_model *model = NULL;
+    attn_context *context = NULL;
+    attn_policy *made = NULL;
+    attn_heads *heads = NULL;
+    attn_context_settings settings = {.length = 100, .chunk = 32, .threads = 1};
+    attn_status status = attn_model_open_memory(&model, model_file.data, model_file.bytes, NULL);
+    if (status == ATTN_OK) {
+        status = attn_context_create(&context, model, &settings);
+    }
+    if (status == ATTN_OK) {
+        status = attn_policy_create(&made, model, "topk:top_k=5", "streaming:sinks=1,recent=8");
+    }
+    if (status == ATTN_OK) {
+        status = attn_policy_use(made, context);
+    }
+    if (status == ATTN_OK) {
+        status = attn_context_eval(context, &(attn_context_batch){.tokens = tokens, .count = 80}, 1, NULL, NULL);
+    }
+    if (status == ATTN_OK) {
+        status = attn_context_eval(context, &(attn_context_batch){.tokens = tokens, .count = 1}, 1, NULL, NULL);
+    }
+    if (status == ATTN_OK) {
+        status = attn_heads_create(&heads, model);
+    }
+    if (status == ATTN_OK) {
+        status = attn_policy_use(NULL, context);
+    }
+    if (status == ATTN_OK) {
+        status = attn_heads_use(heads, context);
+    }
+    if (status == ATTN_OK) {
+        status = attn_context_eval(context, &(attn_context_batch){.tokens = tokens, .count = 1}, 1, NULL, NULL);
+    }
+    attn_context_destroy(context);
+    attn_policy_destroy(made);
+    attn_heads_destroy(heads);
+    attn_model_close(model);
+    return status;
+}
+
 static attn_status plan(void)
 {
     attn_plan *made;
@@ -158,6 +228,16 @@ static void test_each_allocation_may_fail(void **state)
     fail_each("flexprefill", flexprefill);
     fail_each("softpag", softpag);
     fail_each("lightning", lightning);
+    fail_each("neighborhood", neighborhood);
+    fail_each("halo", halo);
+    fail_each("davit.window", window);
+    fail_each("agent", agent);
+    fail_each("flow", flow);
+    fail_each("based", based);
+    put_tiny_llama(&model_file);
+    fail_each("tokenizer", tokenizer);
+    fail_each("policy", policy);
+    free(model_file.data);
     fail_each("plan", plan);
     fail_each("sampler", sampler);
     fail_each("safetensors", safetensors);
