@@ -47,6 +47,7 @@ typedef struct flow_work {
     float *competition, *allocation;
     uint8_t *clipped;
     double *sums;  /* scratch of each head: 8 * D */
+    float *spare, *ones;
 } flow_work;
 
 static double dot(const float *a, const double *b, int64_t d, double eps)
@@ -75,6 +76,15 @@ static double limit(double x, double clamp, uint8_t *clipped)
 {
     *clipped = clamp > 0 && fabs(x) > clamp;
     return *clipped ? (x > 0 ? clamp : -clamp) : x;
+}
+
+static double total_of(const double *x, int64_t d)
+{
+    double sum = 0;
+    for (int64_t c = 0; c < d; c++) {
+        sum += x[c];
+    }
+    return sum;
 }
 
 static void map_row(const attn_tile_kernels *kernels, int64_t kernel, const float *x, float *y, int64_t count)
@@ -121,6 +131,11 @@ static attn_status make_work(attn_call *call, const flow *f, flow_work *w, float
     ATTN_TRY(take_double(call, heads * f->m, &w->out));
     ATTN_TRY(take_double(call, heads * f->m, &w->exps));
     ATTN_TRY(take_double(call, heads * 8 * f->d, &w->sums));
+    ATTN_TRY(attn_take_f32(call, heads * 8 * f->d, &w->spare));
+    ATTN_TRY(attn_take_f32(call, f->d, &w->ones));
+    for (int64_t c = 0; c < f->d; c++) {
+        w->ones[c] = 1;
+    }
     w->competition = competition;
     w->allocation = allocation;
     if (competition == NULL) {
@@ -139,6 +154,8 @@ typedef struct head {
     float *competition, *allocation;
     uint8_t *clipped;
     double *k_sum, *q_sum, *k_out, *q_in; /* the four sums */
+    float *spare;                         /* [8 * D] */
+    const float *ones;                    /* [D] */
 } head;
 
 static head head_of(const flow *f, const flow_work *w, int64_t i)
@@ -146,28 +163,81 @@ static head head_of(const flow *f, const flow_work *w, int64_t i)
     double *sums = w->sums + i * 8 * f->d;
     return (head){w->q + i * f->n * f->d, w->k + i * f->m * f->d, w->qn + i * f->n * f->d, w->in + i * f->n, w->out + i * f->m,
                   w->exps + i * f->m, w->competition + i * f->m, w->allocation + i * f->n, w->clipped + i * f->m,
-                  sums, sums + f->d, sums + 2 * f->d, sums + 3 * f->d};
+                  sums, sums + f->d, sums + 2 * f->d, sums + 3 * f->d, w->spare + i * 8 * f->d, w->ones};
+}
+
+/* A sum of many rows: finished blocks in double, the current one in f32, so that rows are added and multiplied by whole vectors and long
+ * sums keep their precision. */
+#define SUM_BLOCK 64
+
+typedef struct running_sum {
+    double *total;        /* [d]: all finished blocks, and at the end everything */
+    float *base, *recent; /* [d]: total as f32, and the block that is being added */
+    int64_t count;
+} running_sum;
+
+static void sum_begin(running_sum *s, double *total, float *memory, int64_t d)
+{
+    *s = (running_sum){.total = total, .base = memory, .recent = memory + d};
+    for (int64_t c = 0; c < d; c++) {
+        s->base[c] = (float)total[c];
+        s->recent[c] = 0;
+    }
+}
+
+static void sum_fold(running_sum *s, int64_t d)
+{
+    for (int64_t c = 0; c < d; c++) {
+        s->total[c] += (double)s->recent[c];
+        s->base[c] = (float)s->total[c];
+        s->recent[c] = 0;
+    }
+}
+
+static void sum_add(running_sum *s, const attn_tile_kernels *kernels, const float *row, int64_t d, double factor)
+{
+    kernels->axpy(s->recent, row, d, (float)factor);
+    if (++s->count % SUM_BLOCK == 0) {
+        sum_fold(s, d);
+    }
 }
 
 static void flows_normal(const flow *f, const head *h)
 {
+    const attn_tile_kernels *kernels = attn_tile_kernels_get();
     int64_t d = f->d;
+    running_sum k_sum, q_sum, k_out, q_in;
     memset(h->k_sum, 0, (size_t)(4 * d) * sizeof(double));
+    sum_begin(&k_sum, h->k_sum, h->spare, d);
+    sum_begin(&q_sum, h->q_sum, h->spare + 2 * d, d);
+    sum_begin(&k_out, h->k_out, h->spare + 4 * d, d);
+    sum_begin(&q_in, h->q_in, h->spare + 6 * d, d);
     for (int64_t j = 0; j < f->m; j++) {
-        add_scaled(h->k_sum, h->k + j * d, d, 1);
+        sum_add(&k_sum, kernels, h->k + j * d, d, 1);
     }
     for (int64_t i = 0; i < f->n; i++) {
-        add_scaled(h->q_sum, h->q + i * d, d, 1);
+        sum_add(&q_sum, kernels, h->q + i * d, d, 1);
     }
+    sum_fold(&k_sum, d);
+    sum_fold(&q_sum, d);
+    double eps = f->eps, k_numbers = eps * total_of(h->k_sum, d), q_numbers = eps * total_of(h->q_sum, d), square = (double)d * eps * eps;
     for (int64_t i = 0; i < f->n; i++) {
-        h->in[i] = dot(h->q + i * d, h->k_sum, d, f->eps);
-        add_scaled(h->q_in, h->q + i * d, d, 1 / h->in[i]);
+        const float *q = h->q + i * d;
+        h->in[i] = (double)kernels->dot(q, k_sum.base, d) + eps * (double)kernels->dot(q, h->ones, d) + k_numbers + square;
+        sum_add(&q_in, kernels, q, d, 1 / h->in[i]);
     }
-    double top = -INFINITY, sum = 0;
     for (int64_t j = 0; j < f->m; j++) {
-        h->out[j] = dot(h->k + j * d, h->q_sum, d, f->eps);
-        add_scaled(h->k_out, h->k + j * d, d, 1 / h->out[j]);
-        h->exps[j] = limit(dot(h->k + j * d, h->q_in, d, f->eps), f->clamp, &h->clipped[j]);
+        const float *k = h->k + j * d;
+        h->out[j] = (double)kernels->dot(k, q_sum.base, d) + eps * (double)kernels->dot(k, h->ones, d) + q_numbers + square;
+        sum_add(&k_out, kernels, k, d, 1 / h->out[j]);
+    }
+    sum_fold(&q_in, d);
+    sum_fold(&k_out, d);
+    double top = -INFINITY, sum = 0, in_numbers = eps * total_of(h->q_in, d), out_numbers = eps * total_of(h->k_out, d);
+    for (int64_t j = 0; j < f->m; j++) {
+        const float *k = h->k + j * d;
+        double conserved = (double)kernels->dot(k, q_in.base, d) + eps * (double)kernels->dot(k, h->ones, d) + in_numbers + square;
+        h->exps[j] = limit(conserved, f->clamp, &h->clipped[j]);
         top = h->exps[j] > top ? h->exps[j] : top;
     }
     for (int64_t j = 0; j < f->m; j++) {
@@ -178,11 +248,14 @@ static void flows_normal(const flow *f, const head *h)
         h->competition[j] = (float)((double)f->m * h->exps[j] / sum);
     }
     for (int64_t i = 0; i < f->n; i++) {
-        h->allocation[i] = (float)attn_sigmoid(dot(h->q + i * d, h->k_out, d, f->eps) * (double)f->n / (double)f->m);
+        const float *q = h->q + i * d;
+        double conserved = (double)kernels->dot(q, k_out.base, d) + eps * (double)kernels->dot(q, h->ones, d) + out_numbers + square;
+        h->allocation[i] = (float)attn_sigmoid(conserved * (double)f->n / (double)f->m);
     }
 }
 
-/* The sums (and the sum of exponentials) go on from what they hold; `steps` tokens came before. */
+/* The sums (and the sum of exponentials) go on from what they hold; `steps` tokens came before. All in double: the first tokens' conserved
+ * flows lie at the clamp, and which side they fall on decides about gradients. */
 static void flows_causal(const flow *f, const head *h, int64_t steps, double *exp_sum)
 {
     int64_t d = f->d;
