@@ -1,4 +1,5 @@
 #include <attn/op.h>
+#include <attn/plan.h>
 #include <attn/policy.h>
 
 #include "core/internal.h"
@@ -383,6 +384,21 @@ static attn_tensor head_range(const attn_tensor *all, int64_t begin, int64_t cou
     return view;
 }
 
+/* The pairs that a mechanism computes for `heads` query heads: of its selection, or by its own account; unchanged when it gives neither. */
+static void count_pairs(const attn_op *op, const attn_named_tensor in[3], double heads, const attn_exec *exec, double *pairs)
+{
+    attn_plan *plan;
+    attn_cost cost;
+    if (attn_op_select(op, in, 3, &plan, exec) == ATTN_OK) {
+        attn_plan_measures measures;
+        attn_plan_measure(plan, 1, 1, &measures);
+        *pairs = measures.pairs * heads / (double)attn_plan_get_layout(plan)->shape.heads;
+        attn_plan_destroy(plan);
+    } else if (attn_op_cost(op, in, 3, &cost) == ATTN_OK) {
+        *pairs = cost.pairs;
+    }
+}
+
 /* Query heads h ... h+count-1, which share one mechanism and read whole key heads or a part of one. */
 static attn_status run_heads(attn_policy *policy, const attn_llm_call *call, mechanism *m, int64_t h, int64_t count, int phase)
 {
@@ -411,9 +427,8 @@ static attn_status run_heads(attn_policy *policy, const attn_llm_call *call, mec
                                   {"v", head_range(&call->v, kv, kv_count, 0, keys)}};
         attn_named_tensor out = {"o", head_range(&call->o, h, count, 0, n)};
         ATTN_TRY(attn_op_forward(m->op, in, 3, &out, 1, &call->exec));
-        attn_cost cost;
-        if (policy->counting && attn_op_cost(m->op, in, 3, &cost) == ATTN_OK) {
-            pairs = cost.pairs;
+        if (policy->counting) {
+            count_pairs(m->op, in, (double)count, &call->exec, &pairs);
         }
     }
     double *done = phase == PROMPT ? &policy->stats.prompt_pairs : &policy->stats.generation_pairs;
