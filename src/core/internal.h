@@ -36,6 +36,9 @@ void *attn_realloc(void *memory, size_t old_bytes, size_t new_bytes);
 void attn_free(void *memory);
 char *attn_strdup(const char *text);
 
+/* Ask for `rows` rows of `bytes` each, `stride` bytes apart, to be brought near. */
+void attn_prefetch(const void *row, ptrdiff_t stride, int64_t rows, size_t bytes);
+
 /* Map a regular file of at least `least` bytes for reading; `kind` names the format in messages. */
 attn_status attn_map_file(const char *path, const char *kind, size_t least, void **map, size_t *bytes);
 void attn_unmap_file(void *map, size_t bytes); /* NULL is ignored */

@@ -252,6 +252,20 @@ void attn_arena_release(attn_arena *arena, attn_arena_mark mark)
     arena->top->used = mark.used;
 }
 
+#define CACHE_LINE 64
+
+void attn_prefetch(const void *row, ptrdiff_t stride, int64_t rows, size_t bytes)
+{
+    const char *at = row;
+    for (int64_t r = 0; r < rows; r++, at += stride) {
+        for (size_t i = 0; i < bytes; i += CACHE_LINE) {
+            __builtin_prefetch(at + i, 0, 3);
+        }
+    }
+    /* Without it GCC takes this function for one without effect, and drops each call of it that it can see through. */
+    __asm__ volatile("");
+}
+
 int attn_exec_threads(const attn_exec *exec)
 {
     return exec != NULL && exec->threads > 0 ? exec->threads : omp_get_max_threads();

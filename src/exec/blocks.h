@@ -81,11 +81,7 @@ void attn_exec_store_row(const dense_problem *problem, const attn_tensor *o, con
 /* Ask for `count` rows of `width` floats to be brought near. */
 static inline void attn_exec_prefetch(const float *row, int64_t stride, int64_t count, int64_t width)
 {
-    for (int64_t r = 0; r < count; r++, row += stride) {
-        for (int64_t c = 0; c < width; c += 16) {
-            __builtin_prefetch(row + c, 0, 2);
-        }
-    }
+    attn_prefetch(row, (ptrdiff_t)(stride * (int64_t)sizeof *row), count, (size_t)width * sizeof *row);
 }
 
 static inline const float *attn_exec_row(const exec_rows *rows, int64_t b, int64_t h, int64_t n)

@@ -5,6 +5,8 @@
 #include <omp.h>
 #include <string.h>
 
+#define SLICE 12 /* rows of the state that are written together */
+
 static int64_t chunk_of(const attn_linattn *x)
 {
     int64_t chunk = x->chunk == 0 ? 64 : x->chunk;
@@ -40,8 +42,8 @@ void attn_linear_work_init(attn_linear_work *w, const attn_linattn *x, float *me
     w->row = (double *)(void *)take(&memory, 2 * w->mp);
     w->in = take(&memory, w->mp);
     w->out = take(&memory, w->mp);
-    w->q = take(&memory, c * w->dp);
-    w->k = take(&memory, c * w->dp);
+    w->own_q = take(&memory, c * w->dp);
+    w->own_k = take(&memory, c * w->dp);
     w->v = take(&memory, c * w->vp);
     w->g = take(&memory, c * w->vp);
     w->kt = take(&memory, x->d * w->mp);
@@ -75,14 +77,26 @@ void attn_linear_load(attn_linear_work *w, int64_t first, int64_t count, const f
     int64_t shift = first - (x->causal ? x->m - x->n : 0); /* the query of the chunk's first token */
     w->count = count;
     w->low = attn_min_i64(count, attn_max_i64(0, -shift));
-    if (q != NULL) {
-        load_rows(w->q, w->dp, q + shift * x->d, x->d, w->low, count);
+    if (q != NULL && w->in_place && w->low == 0) {
+        w->q = q + shift * x->d;
+        w->ldq = x->d;
+    } else if (q != NULL) {
+        load_rows(w->own_q, w->dp, q + shift * x->d, x->d, w->low, count);
+        w->q = w->own_q;
+        w->ldq = w->dp;
     }
     if (g != NULL) {
         load_rows(w->g, w->vp, g + shift * x->dv, x->dv, w->low, count);
     }
-    if (k != NULL) {
-        load_rows(w->k, w->dp, k + first * x->d, x->d, 0, count);
+    if (k != NULL && w->in_place) {
+        w->k = k + first * x->d;
+        w->ldk = x->d;
+    } else if (k != NULL) {
+        load_rows(w->own_k, w->dp, k + first * x->d, x->d, 0, count);
+        w->k = w->own_k;
+        w->ldk = w->dp;
+    }
+    if (v != NULL) {
         load_rows(w->v, w->vp, v + first * x->dv, x->dv, 0, count);
     }
 }
@@ -113,17 +127,17 @@ void attn_linear_decays(attn_linear_work *w, int64_t b, int64_t h, int64_t first
     w->total = (float)sum;
 }
 
-static void features(attn_linear_work *w, const float *rows, const float *factor, float *to)
+static void features(attn_linear_work *w, const float *rows, int64_t ld, const float *factor, float *to)
 {
-    for (int64_t r = 0; r < w->count; r++) {
+    for (int64_t r = 0; r < w->count; r++, rows += ld) {
         float *phi = to + r * w->fp;
         if (w->x->map != NULL) {
-            w->x->map->expand(w->x->d, w->x->scale, rows + r * w->dp, phi);
+            w->x->map->expand(w->x->d, w->x->scale, rows, phi);
             if (factor[r] != 1.0f) {
                 w->tile->scale(phi, w->width, factor[r]);
             }
         } else {
-            w->tile->load_row(phi, rows + r * w->dp, ATTN_F32, w->width, factor[r]);
+            w->tile->load_row(phi, rows, ATTN_F32, w->width, factor[r]);
         }
     }
 }
@@ -131,46 +145,43 @@ static void features(attn_linear_work *w, const float *rows, const float *factor
 void attn_linear_features(attn_linear_work *w, int with_q, int with_k)
 {
     if (with_q) {
-        features(w, w->q, w->in, w->pq);
+        features(w, w->q, w->ldq, w->in, w->pq);
         memset(w->pq, 0, (size_t)(w->low * w->fp) * sizeof(float));
     }
     if (with_k) {
-        features(w, w->k, w->out, w->pk);
+        features(w, w->k, w->ldk, w->out, w->pk);
+    }
+}
+
+void attn_linear_weights_rows(attn_linear_work *w, int64_t r, int with_slope)
+{
+    const attn_linattn *x = w->x;
+    int64_t end = attn_min_i64(w->count, r + ATTN_LINEAR_STRIPE);
+    float *s = w->s + r * w->mp;
+    w->tile->product(end - r, end, x->d, w->q + r * w->ldq, w->ldq, 1, w->kt, w->mp, w->tile->nr, s, w->mp, 0);
+    for (int64_t i = r; i < end; i++, s += w->mp) {
+        float *slope = w->p + i * w->mp;
+        const float *decay = w->decay + i * w->mp;
+        if (x->map != NULL) {
+            w->tile->scale(s, end, (float)x->scale);
+            x->map->pair(end, s, with_slope ? slope : NULL);
+            if (with_slope) {
+                w->tile->scale(slope, end, (float)x->scale);
+                w->kernel->multiply(slope, slope, decay, end);
+            }
+        } else if (with_slope) {
+            memcpy(slope, decay, (size_t)end * sizeof(float));
+        }
+        w->kernel->multiply(s, s, decay, end);
     }
 }
 
 void attn_linear_weights(attn_linear_work *w, int with_slope)
 {
-    const attn_linattn *x = w->x;
-    w->tile->pack_transposed(w->kt, w->mp, w->k, ATTN_F32, w->dp, w->count, x->d);
+    w->tile->pack_transposed(w->kt, w->mp, w->k, ATTN_F32, w->ldk, w->count, w->x->d);
     for (int64_t r = 0; r < w->count; r += ATTN_LINEAR_STRIPE) {
-        int64_t end = attn_min_i64(w->count, r + ATTN_LINEAR_STRIPE);
-        float *s = w->s + r * w->mp;
-        w->tile->product(end - r, end, x->d, w->q + r * w->dp, w->dp, 1, w->kt, w->mp, w->tile->nr, s, w->mp, 0);
-        for (int64_t i = r; i < end; i++, s += w->mp) {
-            float *slope = w->p + i * w->mp;
-            const float *decay = w->decay + i * w->mp;
-            if (x->map != NULL) {
-                w->tile->scale(s, end, (float)x->scale);
-                x->map->pair(end, s, with_slope ? slope : NULL);
-                if (with_slope) {
-                    w->tile->scale(slope, end, (float)x->scale);
-                    w->kernel->multiply(slope, slope, decay, end);
-                }
-            } else if (with_slope) {
-                memcpy(slope, decay, (size_t)end * sizeof(float));
-            }
-            w->kernel->multiply(s, s, decay, end);
-        }
+        attn_linear_weights_rows(w, r, with_slope);
     }
-}
-
-void attn_linear_advance(attn_linear_work *w)
-{
-    if (w->total != 1) {
-        w->tile->scale(w->state, w->width * w->vp, w->total);
-    }
-    w->tile->product(w->width, w->x->dv, w->count, w->pk, 1, w->fp, w->v, w->vp, w->tile->nr, w->state, w->vp, 1);
 }
 
 void attn_linear_copy(float *to, int64_t ld_to, const float *from, int64_t ld_from, int64_t rows, int64_t columns)
@@ -180,17 +191,39 @@ void attn_linear_copy(float *to, int64_t ld_to, const float *from, int64_t ld_fr
     }
 }
 
-/* Write the queries' rows of w->o. */
-static void store_rows(const attn_linear_work *w, int64_t first, float *o)
+/* What a head reads and writes, and how much of the next chunk was asked for. */
+typedef struct stream {
+    const float *q, *k, *v;
+    float *o;
+    int64_t first, share, shares;
+} stream;
+
+/* Ask for a share of the next chunk while this one is computed: memory would have nothing to do meanwhile. */
+static void prefetch(const attn_linattn *x, int64_t chunk, stream *s)
 {
-    const attn_linattn *x = w->x;
-    int64_t shift = first - (x->causal ? x->m - x->n : 0);
-    attn_linear_copy(o + (shift + w->low) * x->dv, x->dv, w->o + w->low * w->vp, w->vp, w->count - w->low, x->dv);
+    int64_t low = s->first + chunk * s->share / s->shares, high = attn_min_i64(x->m, s->first + chunk * (s->share + 1) / s->shares);
+    int64_t query = attn_max_i64(0, low - (x->m - x->n)), queries = high - (x->m - x->n) - query;
+    if (s->share++ < s->shares && low < high) {
+        attn_prefetch(s->k + low * x->d, 0, 1, (size_t)((high - low) * x->d) * sizeof *s->k);
+        attn_prefetch(s->v + low * x->dv, 0, 1, (size_t)((high - low) * x->dv) * sizeof *s->v);
+        if (x->causal && queries > 0) {
+            attn_prefetch(s->q + query * x->d, 0, 1, (size_t)(queries * x->d) * sizeof *s->q);
+            attn_prefetch(s->o + query * x->dv, 0, 1, (size_t)(queries * x->dv) * sizeof *s->o);
+        }
+    }
 }
 
-static void from_state(attn_linear_work *w, int add)
+/* state = total * state + pk^T v */
+static void advance(attn_linear_work *w, stream *s)
 {
-    w->tile->product(w->count, w->x->dv, w->width, w->pq, w->fp, 1, w->state, w->vp, w->tile->nr, w->o, w->vp, add);
+    if (w->total != 1) {
+        w->tile->scale(w->state, w->width * w->vp, w->total);
+    }
+    for (int64_t f = 0; f < w->width; f += SLICE) {
+        int64_t rows = attn_min_i64(SLICE, w->width - f);
+        prefetch(w->x, w->chunk, s);
+        w->tile->product(rows, w->x->dv, w->count, w->pk + f, 1, w->fp, w->v, w->vp, w->tile->nr, w->state + f * w->vp, w->vp, 1);
+    }
 }
 
 /* The state starts at zero when `fresh`; the last one is needed only when `keep`. */
@@ -198,41 +231,53 @@ static void forward_head(attn_linear_work *w, int64_t b, int64_t h, int fresh, i
                          const float *v, float *o)
 {
     const attn_linattn *x = w->x;
-    int64_t made = 0;
+    int64_t made = 0, shift = x->causal ? x->m - x->n : 0;
+    int64_t shares = (x->causal ? 3 * attn_ceil_div(w->chunk, ATTN_LINEAR_STRIPE) : 0) + attn_ceil_div(w->width, SLICE);
+    w->in_place = 1;
     if (x->causal && x->n > x->m) {
         memset(o, 0, (size_t)((x->n - x->m) * x->dv) * sizeof(float));
     }
     for (int64_t first = 0; first < x->m; first += w->chunk) {
         int64_t count = attn_min_i64(w->chunk, x->m - first);
+        stream next = {q, k, v, o, first + w->chunk, 0, shares};
         attn_linear_load(w, first, count, x->causal ? q : NULL, k, v, NULL);
         if (made != count || x->log_decay != NULL) {
             attn_linear_decays(w, b, h, first);
             made = count;
         }
-        int read = x->causal && w->low < count && !(fresh && first == 0), write = !x->causal || keep || first + count < x->m;
+        int queries = x->causal && w->low < count, read = queries && !(fresh && first == 0);
+        int write = !x->causal || keep || first + count < x->m;
         attn_linear_features(w, read, write);
-        if (x->causal && w->low < count) {
-            attn_linear_weights(w, 0);
-            for (int64_t r = 0; r < count; r += ATTN_LINEAR_STRIPE) {
-                int64_t end = attn_min_i64(count, r + ATTN_LINEAR_STRIPE);
-                w->tile->product(end - r, x->dv, end, w->s + r * w->mp, w->mp, 1, w->v, w->vp, w->tile->nr, w->o + r * w->vp,
-                                 w->vp, 0);
+        if (queries) {
+            w->tile->pack_transposed(w->kt, w->mp, w->k, ATTN_F32, w->ldk, count, x->d);
+        }
+        for (int64_t r = 0; r < count && queries; r += ATTN_LINEAR_STRIPE) {
+            int64_t end = attn_min_i64(count, r + ATTN_LINEAR_STRIPE), low = attn_max_i64(r, w->low);
+            if (low >= end) {
+                continue;
             }
+            float *to = o + (first - shift + low) * x->dv;
+            attn_linear_weights_rows(w, r, 0);
+            prefetch(x, w->chunk, &next);
+            w->tile->product(end - low, x->dv, end, w->s + low * w->mp, w->mp, 1, w->v, w->vp, w->tile->nr, to, x->dv, 0);
+            prefetch(x, w->chunk, &next);
             if (read) {
-                from_state(w, 1);
+                w->tile->product(end - low, x->dv, w->width, w->pq + low * w->fp, w->fp, 1, w->state, w->vp, w->tile->nr, to, x->dv, 1);
+                prefetch(x, w->chunk, &next);
             }
-            store_rows(w, first, o);
         }
         if (write) {
-            attn_linear_advance(w);
+            advance(w, &next);
+        }
+        while (next.share < shares) {
+            prefetch(x, w->chunk, &next);
         }
     }
     for (int64_t first = 0; first < x->n && !x->causal; first += w->chunk) {
         attn_linear_load(w, first, attn_min_i64(w->chunk, x->n - first), q, NULL, NULL, NULL);
         attn_linear_decays(w, b, h, 0);
         attn_linear_features(w, 1, 0);
-        from_state(w, 0);
-        store_rows(w, first, o);
+        w->tile->product(w->count, x->dv, w->width, w->pq, w->fp, 1, w->state, w->vp, w->tile->nr, o + first * x->dv, x->dv, 0);
     }
 }
 
@@ -345,17 +390,22 @@ attn_status attn_linattn_forward(const attn_linattn *shape, attn_arena *arena, i
     if (memory == NULL) {
         return attn_fail_memory((size_t)threads * each * sizeof(float));
     }
-#pragma omp parallel for num_threads(threads) schedule(dynamic)
-    for (int64_t i = 0; i < x.batch * x.heads; i++) {
-        int64_t b = i / x.heads, h = i % x.heads, kv = b * x.kv_heads + h / (x.heads / x.kv_heads);
+#pragma omp parallel num_threads(threads)
+    {
         attn_linear_work w;
         attn_linear_work_init(&w, &x, memory + (size_t)omp_get_thread_num() * each);
-        if (state_in != NULL) {
-            attn_linear_copy(w.state, w.vp, state_in + i * w.width * x.dv, x.dv, w.width, x.dv);
-        }
-        forward_head(&w, b, h, state_in == NULL, state_out != NULL, q + i * x.n * x.d, k + kv * x.m * x.d, v + kv * x.m * x.dv, o + i * x.n * x.dv);
-        if (state_out != NULL) {
-            attn_linear_copy(state_out + i * w.width * x.dv, x.dv, w.state, w.vp, w.width, x.dv);
+#pragma omp for schedule(dynamic)
+        for (int64_t i = 0; i < x.batch * x.heads; i++) {
+            int64_t b = i / x.heads, h = i % x.heads, kv = b * x.kv_heads + h / (x.heads / x.kv_heads);
+            memset(w.state, 0, (size_t)(w.width * w.vp) * sizeof(float));
+            if (state_in != NULL) {
+                attn_linear_copy(w.state, w.vp, state_in + i * w.width * x.dv, x.dv, w.width, x.dv);
+            }
+            forward_head(&w, b, h, state_in == NULL, state_out != NULL, q + i * x.n * x.d, k + kv * x.m * x.d, v + kv * x.m * x.dv,
+                         o + i * x.n * x.dv);
+            if (state_out != NULL) {
+                attn_linear_copy(state_out + i * w.width * x.dv, x.dv, w.state, w.vp, w.width, x.dv);
+            }
         }
     }
     attn_arena_release(arena, mark);

@@ -63,7 +63,7 @@ static void query_gradients(attn_linear_work *w, const head *x, int64_t first)
         pair_gradients(w);
         for (int64_t r = 0; r < w->count; r += ATTN_LINEAR_STRIPE) {
             int64_t end = attn_min_i64(w->count, r + ATTN_LINEAR_STRIPE);
-            w->tile->product(end - r, s->d, end, w->p + r * w->mp, w->mp, 1, w->k, w->dp, w->tile->nr, w->o + r * w->dp, w->dp, 0);
+            w->tile->product(end - r, s->d, end, w->p + r * w->mp, w->mp, 1, w->k, w->ldk, w->tile->nr, w->o + r * w->dp, w->dp, 0);
         }
         add_rows(to, w->o, w->dp, s->d, w->low, w->count);
     }
@@ -131,7 +131,7 @@ static void key_gradients(attn_linear_work *w, const head *x, int64_t first)
     add_rows(to_v, w->o, w->vp, s->dv, 0, w->count);
     for (int64_t r = 0; r < w->count && s->causal; r += ATTN_LINEAR_STRIPE) {
         int64_t columns = attn_min_i64(ATTN_LINEAR_STRIPE, w->count - r);
-        w->tile->product(columns, s->d, w->count - r, w->p + r * w->mp + r, 1, w->mp, w->q + r * w->dp, w->dp, w->tile->nr,
+        w->tile->product(columns, s->d, w->count - r, w->p + r * w->mp + r, 1, w->mp, w->q + r * w->ldq, w->ldq, w->tile->nr,
                          w->o + r * w->dp, w->dp, 0);
     }
     if (s->causal) {

@@ -7,7 +7,7 @@
 #include "kernel/linear.h"
 #include "kernel/tile.h"
 
-#define ATTN_LINEAR_STRIPE 32 /* rows of a chunk that share their last visible column */
+#define ATTN_LINEAR_STRIPE 6 /* rows of a chunk that share their last visible column; the next chunk is asked for between stripes */
 
 typedef struct attn_linear_work {
     const attn_linattn *x;
@@ -17,7 +17,11 @@ typedef struct attn_linear_work {
     int64_t mp, dp, vp, fp;     /* padded chunk, d, dv, width */
     double outer;               /* the factor of phi(q) S: scale, or 1 when the features hold it */
     int64_t count, low;         /* of this chunk: tokens, and the first token that has a query */
-    float *q, *k, *v, *g;       /* [chunk][dp], [chunk][dp], [chunk][vp], [chunk][vp]: zero outside */
+    int in_place;               /* q and k may be the caller's rows */
+    const float *q, *k;         /* rows of the chunk, ldq and ldk apart */
+    int64_t ldq, ldk;
+    float *own_q, *own_k;       /* [chunk][dp]: copies of them, zero outside */
+    float *v, *g;               /* [chunk][vp]: zero outside */
     float *kt, *vt;             /* [d][mp], [dv][mp] */
     float *s, *p, *decay;       /* [chunk][mp]: weights, their gradients, decays from column to row (0 above the diagonal) */
     float *in, *out;            /* [chunk]: decay from before the chunk to a token (times outer), from a token to the end */
@@ -48,16 +52,16 @@ void attn_linear_pair_weights(const attn_linattn *x, int64_t first, int64_t rows
 
 size_t attn_linear_work_floats(const attn_linattn *x);
 void attn_linear_work_init(attn_linear_work *w, const attn_linattn *x, float *memory);
-/* Load tokens first ... first + count - 1 (positions of keys) of one head; g may be NULL. Sets count and low. */
+/* Load tokens first ... first + count - 1 (positions of keys) of one head; q, g, and k with v may be NULL. Sets count and low. */
 void attn_linear_load(attn_linear_work *w, int64_t first, int64_t count, const float *q, const float *k, const float *v,
                       const float *g);
 /* Decays of the loaded chunk of head h of batch item b. */
 void attn_linear_decays(attn_linear_work *w, int64_t b, int64_t h, int64_t first);
 /* pq and pk of the loaded chunk. */
 void attn_linear_features(attn_linear_work *w, int with_q, int with_k);
-/* s: final weights of the pairs of the chunk; p, when wanted: their derivative by the raw product q.k. */
+/* s: final weights of the pairs of the chunk; p, when wanted: their derivative by the raw product q.k. A stripe of rows from r on, for
+ * which kt holds the keys, or all of them, and kt too. */
+void attn_linear_weights_rows(attn_linear_work *w, int64_t r, int with_slope);
 void attn_linear_weights(attn_linear_work *w, int with_slope);
-/* state = total * state + pk^T v */
-void attn_linear_advance(attn_linear_work *w);
 
 #endif
