@@ -316,13 +316,28 @@ static void check_linear(void)
         int64_t d = draw(1, 40), dv = draw(1, 90), ld = dv + draw(0, 5);
         float *state = floats(d * ld, 1), *state2 = copy(state, d * ld), *q = floats(d, 1), *kk = floats(d, 1), *v = floats(dv, 1);
         float *decays = draw(0, 1) ? floats(d, 1) : NULL, *o = floats(dv, 1), *o2 = floats(dv, 1);
-        k->step(d, dv, state, ld, 0.9f, decays, q, kk, v, o), s->step(d, dv, state2, ld, 0.9f, decays, q, kk, v, o2);
+        k->step(d, dv, state, ld, 0.9, decays, q, kk, v, o), s->step(d, dv, state2, ld, 0.9, decays, q, kk, v, o2);
         same("linear step state", state, state2, d * ld, 1e-6);
         same("linear step", o, o2, dv, 3e-6);
         k->read(d, dv, state, ld, q, o), s->read(d, dv, state, ld, q, o2);
         same("linear read", o, o2, dv, 3e-6);
         k->multiply(o, v, v, dv), s->multiply(o2, v, v, dv);
         same("multiply", o, o2, dv, 1e-7);
+        int64_t tokens = draw(1, 16), row = dv + draw(0, 5), size = tokens * row, reverse = draw(0, 1), step = reverse ? -row : row;
+        float *a = floats(size, 1), *b = floats(size, 1), *by = floats(size, 0.8), *pairs = floats(tokens * 17, 1), *pairs2 = floats(tokens * 17, 1);
+        int64_t at = reverse ? size - row : 0;
+        k->faded_scores(tokens, dv, a + at, b + at, step, by + at, step, pairs, 17);
+        s->faded_scores(tokens, dv, a + at, b + at, step, by + at, step, pairs2, 17);
+        for (int64_t j = 0; j < tokens; j++) {
+            same("faded scores", pairs + j * 17, pairs2 + j * 17, tokens, 1e-5);
+        }
+        float *to = floats(size, 1), *to2 = copy(to, size), *total = floats(dv, 1), *total2 = copy(total, dv);
+        k->faded_sums(tokens, dv, pairs, 17, 1, a + at, step, by + at, step, to + at, step);
+        s->faded_sums(tokens, dv, pairs, 17, 1, a + at, step, by + at, step, to2 + at, step);
+        same("faded sums", to, to2, size, 1e-5);
+        k->fade(tokens, dv, to + at, step, by + at, step, reverse, total), s->fade(tokens, dv, to2 + at, step, by + at, step, reverse, total2);
+        same("fade", to, to2, size, 1e-5);
+        same("fade's total", total, total2, dv, 1e-5);
         float *slope = floats(dv, 1), *slope2 = floats(dv, 1);
         memcpy(o, v, (size_t)dv * sizeof *o), memcpy(o2, v, (size_t)dv * sizeof *o);
         k->taylor(o, slope, dv), s->taylor(o2, slope2, dv);

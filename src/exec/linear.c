@@ -5,12 +5,15 @@
 #include <omp.h>
 #include <string.h>
 
+/* Tokens of a chunk with decay by feature: pairs go through their features one by one, so few should; the state is as much work for
+ * each token in chunks of any size. */
+#define FADED 16
 #define SLICE 12 /* rows of the state that are written together */
 
 static int64_t chunk_of(const attn_linattn *x)
 {
-    int64_t chunk = x->chunk == 0 ? 64 : x->chunk;
-    return attn_max_i64(1, attn_min_i64(attn_min_i64(chunk, 256), x->m));
+    int64_t chunk = x->chunk == 0 ? 64 : x->chunk, most = x->decays != NULL ? FADED : 256;
+    return attn_max_i64(1, attn_min_i64(attn_min_i64(chunk, most), x->m));
 }
 
 static int64_t width_of(const attn_linattn *x) { return x->map != NULL ? x->map->width(x->d) : x->d; }
@@ -19,7 +22,7 @@ size_t attn_linear_work_floats(const attn_linattn *x)
 {
     int64_t c = chunk_of(x), mp = attn_linear_padded(c), dp = attn_linear_padded(x->d), vp = attn_linear_padded(x->dv), f = width_of(x), fp = attn_linear_padded(f);
     return (size_t)(2 * c * dp + 2 * c * vp + (x->d + x->dv) * mp + 3 * c * mp + 4 * mp + 3 * c * fp + f * vp +
-                    x->dv * fp + c * attn_max_i64(vp, fp) + 64);
+                    x->dv * fp + c * attn_max_i64(vp, fp) + fp + 64);
 }
 
 static float *take(float **memory, int64_t count)
@@ -57,6 +60,7 @@ void attn_linear_work_init(attn_linear_work *w, const attn_linattn *x, float *me
     w->state = take(&memory, f * w->vp);
     w->turned = take(&memory, x->dv * w->fp);
     w->o = take(&memory, c * attn_max_i64(w->vp, w->fp));
+    w->totals = take(&memory, w->fp);
 }
 
 /* Rows low ... count - 1 of a chunk; the rows before are zero. */
@@ -107,6 +111,14 @@ void attn_linear_decays(attn_linear_work *w, int64_t b, int64_t h, int64_t first
     const float *logs = x->log_decay != NULL ? x->log_decay + (b * x->heads + h) * x->m + first : NULL;
     double lambda = x->slope != NULL ? exp(-(double)x->slope[h]) : 1, sum = 1;
     float inner = x->map != NULL ? 1.0f : (float)x->scale;
+    if (x->decays != NULL) {
+        w->decays = x->decays + ((b * x->heads + h) * x->m + first) * w->width;
+        for (int64_t i = 0; i < w->count; i++) {
+            w->in[i] = (float)w->outer;
+            w->out[i] = 1;
+        }
+        return;
+    }
     for (int64_t i = 0; i < w->count; i++) {
         double keep = logs != NULL ? exp((double)logs[i]) : lambda;
         float *decay = w->decay + i * w->mp;
@@ -151,6 +163,27 @@ void attn_linear_features(attn_linear_work *w, int with_q, int with_k)
     if (with_k) {
         features(w, w->k, w->ldk, w->out, w->pk);
     }
+}
+
+void attn_linear_decay_state(attn_linear_work *w)
+{
+    for (int64_t f = 0; f < w->width && w->x->decays != NULL; f++) {
+        w->tile->scale(w->state + f * w->vp, w->vp, w->totals[f]);
+    }
+    if (w->x->decays == NULL && w->total != 1) {
+        w->tile->scale(w->state, w->width * w->vp, w->total);
+    }
+}
+
+void attn_linear_fade_in(attn_linear_work *w, float *rows)
+{
+    w->kernel->fade(w->count, w->width, rows, w->fp, w->decays, w->width, 0, w->totals);
+}
+
+void attn_linear_fade_out(attn_linear_work *w, float *rows)
+{
+    /* From the last token back: each by the decays after it. */
+    w->kernel->fade(w->count, w->width, rows + (w->count - 1) * w->fp, -w->fp, w->decays + w->count * w->width, -w->width, 1, NULL);
 }
 
 void attn_linear_weights_rows(attn_linear_work *w, int64_t r, int with_slope)
@@ -216,9 +249,7 @@ static void prefetch(const attn_linattn *x, int64_t chunk, stream *s)
 /* state = total * state + pk^T v */
 static void advance(attn_linear_work *w, stream *s)
 {
-    if (w->total != 1) {
-        w->tile->scale(w->state, w->width * w->vp, w->total);
-    }
+    attn_linear_decay_state(w);
     for (int64_t f = 0; f < w->width; f += SLICE) {
         int64_t rows = attn_min_i64(SLICE, w->width - f);
         prefetch(w->x, w->chunk, s);
@@ -241,14 +272,18 @@ static void forward_head(attn_linear_work *w, int64_t b, int64_t h, int fresh, i
         int64_t count = attn_min_i64(w->chunk, x->m - first);
         stream next = {q, k, v, o, first + w->chunk, 0, shares};
         attn_linear_load(w, first, count, x->causal ? q : NULL, k, v, NULL);
-        if (made != count || x->log_decay != NULL) {
+        if (made != count || x->log_decay != NULL || x->decays != NULL) {
             attn_linear_decays(w, b, h, first);
             made = count;
         }
         int queries = x->causal && w->low < count, read = queries && !(fresh && first == 0);
         int write = !x->causal || keep || first + count < x->m;
-        attn_linear_features(w, read, write);
-        if (queries) {
+        attn_linear_features(w, read || x->decays != NULL, write || x->decays != NULL);
+        if (x->decays != NULL) {
+            w->kernel->faded_scores(count, w->width, w->pq, w->pk, w->fp, w->decays, w->width, w->s, w->mp);
+            attn_linear_fade_in(w, w->pq);
+            attn_linear_fade_out(w, w->pk);
+        } else if (queries) {
             w->tile->pack_transposed(w->kt, w->mp, w->k, ATTN_F32, w->ldk, count, x->d);
         }
         for (int64_t r = 0; r < count && queries; r += ATTN_LINEAR_STRIPE) {
@@ -257,7 +292,9 @@ static void forward_head(attn_linear_work *w, int64_t b, int64_t h, int fresh, i
                 continue;
             }
             float *to = o + (first - shift + low) * x->dv;
-            attn_linear_weights_rows(w, r, 0);
+            if (x->decays == NULL) {
+                attn_linear_weights_rows(w, r, 0);
+            }
             prefetch(x, w->chunk, &next);
             w->tile->product(end - low, x->dv, end, w->s + low * w->mp, w->mp, 1, w->v, w->vp, w->tile->nr, to, x->dv, 0);
             prefetch(x, w->chunk, &next);
@@ -301,7 +338,7 @@ static double chunk_operations(const attn_linattn *x)
 
 int attn_linattn_by_pairs(const attn_linattn *x)
 {
-    return x->map != NULL && x->slope == NULL && x->log_decay == NULL && pair_operations(x) <= chunk_operations(x);
+    return x->map != NULL && x->slope == NULL && x->log_decay == NULL && x->decays == NULL && pair_operations(x) <= chunk_operations(x);
 }
 
 double attn_linattn_flops(const attn_linattn *x)
@@ -427,11 +464,12 @@ attn_status attn_linattn_decode(const attn_linattn *shape, attn_arena *arena, in
     for (int64_t i = 0; i < x.batch * x.heads; i++) {
         int64_t h = i % x.heads, kv = i / x.heads * x.kv_heads + h / (x.heads / x.kv_heads);
         float *pq = memory + (int64_t)omp_get_thread_num() * 2 * width, *pk = pq + width;
-        float *own = state + i * width * x.dv, constant = x.slope != NULL ? (float)exp(-(double)x.slope[h]) : 1.0f;
+        float *own = state + i * width * x.dv;
+        double constant = x.slope != NULL ? exp(-(double)x.slope[h]) : 1;
         float outer = x.map != NULL ? 1.0f : (float)x.scale;
         for (int64_t t = 0; t < x.m; t++) {
             const float *query = q + (i * x.n + t) * x.d, *key = k + (kv * x.m + t) * x.d;
-            float keep = x.log_decay != NULL ? (float)exp((double)x.log_decay[i * x.m + t]) : constant;
+            double keep = x.log_decay != NULL ? exp((double)x.log_decay[i * x.m + t]) : constant;
             if (x.map != NULL) {
                 x.map->expand(x.d, x.scale, query, pq);
                 x.map->expand(x.d, x.scale, key, pk);
@@ -441,7 +479,8 @@ attn_status attn_linattn_decode(const attn_linattn *shape, attn_arena *arena, in
                     pq[c] = query[c] * outer;
                 }
             }
-            kernel->step(width, x.dv, own, x.dv, keep, NULL, pq, key, v + (kv * x.m + t) * x.dv, o + (i * x.n + t) * x.dv);
+            const float *decays = x.decays != NULL ? x.decays + (i * x.m + t) * width : NULL;
+            kernel->step(width, x.dv, own, x.dv, keep, decays, pq, key, v + (kv * x.m + t) * x.dv, o + (i * x.n + t) * x.dv);
         }
     }
     attn_arena_release(arena, mark);

@@ -4,8 +4,9 @@
  *     S_i = decay_i S_{i-1} + phi(k_i)^T v_i        o_i = scale * phi(q_i) S_i
  *
  * All tensors are contiguous f32: q [batch, heads, n, d], k [batch, kv_heads, m, d], v [batch, kv_heads, m, dv],
- * o [batch, heads, n, dv], states [batch, heads, width, dv] (width d without a feature map). Decays enter only as products of
- * numbers in [0, 1] over at most a chunk: nothing overflows, however steep they are and however long the sequence.
+ * o [batch, heads, n, dv], states [batch, heads, width, dv] (width d without a feature map). A token's decay is one number, or one for
+ * each feature (as in arXiv:2312.06635). Decays enter only as products over at most a chunk, never as quotients: of numbers in [0, 1]
+ * nothing overflows, however steep they are and however long the sequence.
  */
 #ifndef ATTN_EXEC_LINEAR_H
 #define ATTN_EXEC_LINEAR_H
@@ -23,14 +24,16 @@ typedef struct attn_feature_map {
     void (*pair)(int64_t count, float *s, float *slope);
 } attn_feature_map;
 
-/* With causal, key j is visible to query i if j <= i + (m - n). Decay needs causal and n = m. */
+/* With causal, key j is visible to query i if j <= i + (m - n). Decay needs causal; queries and keys of a place share its decay. At most
+ * one of slope, log_decay and decays is given. */
 typedef struct attn_linattn {
     int64_t batch, heads, kv_heads, n, m, d, dv;
     int causal;
-    int64_t chunk;               /* tokens of a chunk, 1 ... 256; 0: 64. Changes rounding only */
+    int64_t chunk;               /* tokens of a chunk, 1 ... 256; 0: 64. With decays at most 16. Changes rounding only */
     double scale;
     const float *slope;          /* [heads]: decay exp(-slope) per token, or NULL */
     const float *log_decay;      /* [batch, heads, m]: decay exp(log_decay) of each token (<= 0), or NULL */
+    const float *decays;         /* [batch, heads, m, width]: factor of each feature's row of the state at each token, or NULL */
     const attn_feature_map *map; /* NULL: phi(x) = x */
 } attn_linattn;
 

@@ -11,12 +11,16 @@ typedef struct head {
     float *grad_q, *grad_k, *grad_v, *grad_state;
 } head;
 
-/* p: gradients of the products q.k of the chunk's pairs. */
+/* p: gradients of the chunk's pairs by q.k, or with decay by feature by what decays of phi(q).phi(k). */
 static void pair_gradients(attn_linear_work *w)
 {
     const attn_linattn *x = w->x;
-    attn_linear_weights(w, 1);
     w->tile->pack_transposed(w->vt, w->mp, w->v, ATTN_F32, w->vp, w->count, x->dv);
+    if (x->decays != NULL) {
+        w->tile->product(w->count, w->count, x->dv, w->g, w->vp, 1, w->vt, w->mp, w->tile->nr, w->p, w->mp, 0);
+        return;
+    }
+    attn_linear_weights(w, 1);
     for (int64_t r = 0; r < w->count; r += ATTN_LINEAR_STRIPE) {
         int64_t end = attn_min_i64(w->count, r + ATTN_LINEAR_STRIPE);
         float stripe[ATTN_LINEAR_STRIPE * 256];
@@ -61,6 +65,8 @@ static void query_gradients(attn_linear_work *w, const head *x, int64_t first)
     float *to = x->grad_q + (first - (s->causal ? s->m - s->n : 0)) * s->d;
     if (s->causal) {
         pair_gradients(w);
+    }
+    if (s->causal && s->decays == NULL) {
         for (int64_t r = 0; r < w->count; r += ATTN_LINEAR_STRIPE) {
             int64_t end = attn_min_i64(w->count, r + ATTN_LINEAR_STRIPE);
             w->tile->product(end - r, s->d, end, w->p + r * w->mp, w->mp, 1, w->k, w->ldk, w->tile->nr, w->o + r * w->dp, w->dp, 0);
@@ -68,12 +74,16 @@ static void query_gradients(attn_linear_work *w, const head *x, int64_t first)
         add_rows(to, w->o, w->dp, s->d, w->low, w->count);
     }
     w->tile->product(w->count, w->width, s->dv, w->g, w->vp, 1, w->turned, w->fp, w->tile->nr, w->back, w->fp, 0);
+    if (s->decays != NULL) {
+        attn_linear_fade_in(w, w->back);
+        w->kernel->faded_sums(w->count, w->width, w->p, w->mp, 1, w->pk, w->fp, w->decays, w->width, w->back, w->fp);
+    }
     contract(w, w->q, w->in, w->low, to);
 }
 
 static void prepare(attn_linear_work *w, const head *x, int64_t first, int64_t count, int64_t *made)
 {
-    if (*made != count || w->x->log_decay != NULL) {
+    if (*made != count || w->x->log_decay != NULL || w->x->decays != NULL) {
         w->count = count;
         attn_linear_decays(w, x->b, x->h, first);
         *made = count;
@@ -94,11 +104,19 @@ static void forward_sweep(attn_linear_work *w, const head *x, const float *state
         int64_t count = attn_min_i64(w->chunk, s->m - first);
         attn_linear_load(w, first, count, s->causal ? x->q : NULL, x->k, x->v, s->causal ? x->g : NULL);
         prepare(w, x, first, count, &made);
+        attn_linear_features(w, s->decays != NULL, 1);
         if (s->causal && w->low < count) {
             query_gradients(w, x, first);
         }
-        attn_linear_features(w, 0, 1);
-        w->tile->scale(w->turned, s->dv * w->fp, w->total);
+        if (s->decays != NULL) {
+            attn_linear_fade_in(w, w->pq);
+            attn_linear_fade_out(w, w->pk);
+            for (int64_t c = 0; c < s->dv; c++) {
+                w->kernel->multiply(w->turned + c * w->fp, w->turned + c * w->fp, w->totals, w->width);
+            }
+        } else {
+            w->tile->scale(w->turned, s->dv * w->fp, w->total);
+        }
         w->tile->product(s->dv, w->width, count, w->v, 1, w->vp, w->pk, w->fp, w->tile->nr, w->turned, w->fp, 1);
     }
     for (int64_t first = 0; first < s->n && !s->causal; first += w->chunk) {
@@ -111,7 +129,7 @@ static void forward_sweep(attn_linear_work *w, const head *x, const float *state
 /* state = total * state + pq^T g */
 static void receive(attn_linear_work *w)
 {
-    w->tile->scale(w->state, w->width * w->vp, w->total);
+    attn_linear_decay_state(w);
     w->tile->product(w->width, w->x->dv, w->count, w->pq, 1, w->fp, w->g, w->vp, w->tile->nr, w->state, w->vp, 1);
 }
 
@@ -120,7 +138,11 @@ static void key_gradients(attn_linear_work *w, const head *x, int64_t first)
 {
     const attn_linattn *s = w->x;
     float *to_k = x->grad_k + first * s->d, *to_v = x->grad_v + first * s->dv;
-    attn_linear_features(w, 0, 1);
+    attn_linear_features(w, s->decays != NULL, 1);
+    if (s->decays != NULL) {
+        w->kernel->faded_scores(w->count, w->width, w->pq, w->pk, w->fp, w->decays, w->width, w->s, w->mp);
+        attn_linear_fade_out(w, w->pk);
+    }
     w->tile->product(w->count, s->dv, w->width, w->pk, w->fp, 1, w->state, w->vp, w->tile->nr, w->o, w->vp, 0);
     for (int64_t r = 0; r < w->count && s->causal; r += ATTN_LINEAR_STRIPE) {
         /* Columns r ... of the weights are read by the rows from r on. */
@@ -129,16 +151,23 @@ static void key_gradients(attn_linear_work *w, const head *x, int64_t first)
                          w->o + r * w->vp, w->vp, 1);
     }
     add_rows(to_v, w->o, w->vp, s->dv, 0, w->count);
-    for (int64_t r = 0; r < w->count && s->causal; r += ATTN_LINEAR_STRIPE) {
+    for (int64_t r = 0; r < w->count && s->causal && s->decays == NULL; r += ATTN_LINEAR_STRIPE) {
         int64_t columns = attn_min_i64(ATTN_LINEAR_STRIPE, w->count - r);
         w->tile->product(columns, s->d, w->count - r, w->p + r * w->mp + r, 1, w->mp, w->q + r * w->ldq, w->ldq, w->tile->nr,
                          w->o + r * w->dp, w->dp, 0);
     }
-    if (s->causal) {
+    if (s->causal && s->decays == NULL) {
         add_rows(to_k, w->o, w->dp, s->d, 0, w->count);
     }
     w->tile->pack_transposed(w->turned, w->fp, w->state, ATTN_F32, w->vp, w->width, s->dv);
     w->tile->product(w->count, w->width, s->dv, w->v, w->vp, 1, w->turned, w->fp, w->tile->nr, w->back, w->fp, 0);
+    if (s->decays != NULL) {
+        /* The queries after a key, from the last token back. */
+        int64_t last = w->count - 1;
+        attn_linear_fade_out(w, w->back);
+        w->kernel->faded_sums(w->count, w->width, w->p + last * (w->mp + 1), -1, -w->mp, w->pq + last * w->fp, -w->fp,
+                              w->decays + w->count * w->width, -w->width, w->back + last * w->fp, -w->fp);
+    }
     contract(w, w->k, w->out, 0, to_k);
 }
 
@@ -163,6 +192,9 @@ static void backward_sweep(attn_linear_work *w, const head *x)
         key_gradients(w, x, first);
         if (s->causal) {
             attn_linear_features(w, 1, 0);
+            if (s->decays != NULL) {
+                attn_linear_fade_in(w, w->pq);
+            }
             receive(w);
         }
     }

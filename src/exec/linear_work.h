@@ -27,6 +27,8 @@ typedef struct attn_linear_work {
     float *in, *out;            /* [chunk]: decay from before the chunk to a token (times outer), from a token to the end */
     double *row;                /* [chunk] */
     float total;                /* decay of the whole chunk */
+    const float *decays;        /* by feature: rows of the chunk, `width` apart */
+    float *totals;              /* [fp]: by feature, of the whole chunk */
     float *pq, *pk;             /* [chunk][fp]: features of q times `in`, of k times `out` */
     float *state, *turned;      /* [width][vp], [dv][fp] */
     float *o;                   /* [chunk][max(vp, fp)] */
@@ -57,8 +59,13 @@ void attn_linear_load(attn_linear_work *w, int64_t first, int64_t count, const f
                       const float *g);
 /* Decays of the loaded chunk of head h of batch item b. */
 void attn_linear_decays(attn_linear_work *w, int64_t b, int64_t h, int64_t first);
-/* pq and pk of the loaded chunk. */
+/* pq and pk of the loaded chunk. With decay by feature they are not decayed yet. */
 void attn_linear_features(attn_linear_work *w, int with_q, int with_k);
+/* The same with decay by feature: rows [chunk][fp] decayed from before the chunk (sets totals), and to its end. */
+void attn_linear_fade_in(attn_linear_work *w, float *rows);
+void attn_linear_fade_out(attn_linear_work *w, float *rows);
+/* state [width][vp] *= the decay of the whole chunk. */
+void attn_linear_decay_state(attn_linear_work *w);
 /* s: final weights of the pairs of the chunk; p, when wanted: their derivative by the raw product q.k. A stripe of rows from r on, for
  * which kt holds the keys, or all of them, and kt too. */
 void attn_linear_weights_rows(attn_linear_work *w, int64_t r, int with_slope);

@@ -1,35 +1,47 @@
 /* The recurrence of linear attention, a few vectors of columns at a time: their share of v and o stays in registers while the
- * rows of the state pass by once. */
+ * rows of the state pass by once. What a slow decay takes away is added up with what is new, so that it is not lost by rounding: errors
+ * of the decay would add up over as many tokens as are remembered. */
 #include "kernel/linear.h"
 #include "kernel/vec.h"
 
 #include <math.h>
 #include <stddef.h>
 
+#define AHEAD 8 /* rows */
+#if V_REGISTERS == 32
+#define WIDE 8
+#else
 #define WIDE 4
+#endif
 
 #define COLUMNS(count, last)                                                                             \
     for (int i = 0; i < (count); i++)                                                                    \
         for (int lanes = i + 1 < (count) ? VW : (last), once = 1; once; once = 0)
 
 /* `count` vectors of columns, the last of `last` lanes. Whole vectors are read and written without a mask. */
-VINLINE void columns(int count, int last, int update, int64_t d, float *state, int64_t ld, float decay, const float *decays,
+VINLINE void columns(int count, int last, int update, int64_t d, float *state, int64_t ld, double decay, const float *decays,
                      const float *q, const float *k, const float *v, float *o)
 {
     vf sum[WIDE], value[WIDE];
+    float constant = (float)((decay >= 0.5) - decay);
     COLUMNS(count, last)
     {
         sum[i] = v_zero();
         value[i] = !update ? v_zero() : lanes == VW ? v_load(v + i * VW) : v_load_n(v + i * VW, lanes);
     }
     for (int64_t row = 0; row < d; row++, state += ld) {
+        if (count == WIDE) {
+            __builtin_prefetch(state + AHEAD * ld); /* the machine finds the rest of a long row by itself */
+        }
         vf query = v_set1(q[row]), key = v_set1(update ? k[row] : 0.0f);
-        vf keep = v_set1(decays != NULL ? decays[row] : decay);
+        int slow = decays != NULL ? decays[row] >= 0.5f : decay >= 0.5;
+        vf loss = v_set1(decays != NULL ? (float)slow - decays[row] : constant);
         COLUMNS(count, last)
         {
             vf s = lanes == VW ? v_load(state + i * VW) : v_load_n(state + i * VW, lanes);
             if (update) {
-                s = v_fma(key, value[i], v_mul(keep, s));
+                vf change = v_fnma(loss, s, v_mul(key, value[i]));
+                s = slow ? v_add(s, change) : change;
                 if (lanes == VW) {
                     v_store(state + i * VW, s);
                 } else {
@@ -45,12 +57,15 @@ VINLINE void columns(int count, int last, int update, int64_t d, float *state, i
     }
 }
 
-VINLINE void all_columns(int update, int64_t d, int64_t dv, float *state, int64_t ld, float decay, const float *decays,
+VINLINE void all_columns(int update, int64_t d, int64_t dv, float *state, int64_t ld, double decay, const float *decays,
                          const float *q, const float *k, const float *v, float *o)
 {
     int64_t at = 0;
     for (; at + WIDE * VW <= dv; at += WIDE * VW) {
         columns(WIDE, VW, update, d, state + at, ld, decay, decays, q, k, update ? v + at : NULL, o + at);
+    }
+    for (; at + WIDE / 2 * VW <= dv; at += WIDE / 2 * VW) {
+        columns(WIDE / 2, VW, update, d, state + at, ld, decay, decays, q, k, update ? v + at : NULL, o + at);
     }
     for (; at < dv; at += VW) {
         int last = dv - at < VW ? (int)(dv - at) : VW;
@@ -58,7 +73,7 @@ VINLINE void all_columns(int update, int64_t d, int64_t dv, float *state, int64_
     }
 }
 
-static void step(int64_t d, int64_t dv, float *state, int64_t ld, float decay, const float *decays, const float *q,
+static void step(int64_t d, int64_t dv, float *state, int64_t ld, double decay, const float *decays, const float *q,
                  const float *k, const float *v, float *o)
 {
     all_columns(1, d, dv, state, ld, decay, decays, q, k, v, o);
@@ -66,7 +81,7 @@ static void step(int64_t d, int64_t dv, float *state, int64_t ld, float decay, c
 
 static void read_state(int64_t d, int64_t dv, const float *state, int64_t ld, const float *q, float *o)
 {
-    all_columns(0, d, dv, (float *)(uintptr_t)state, ld, 1.0f, NULL, q, NULL, NULL, o);
+    all_columns(0, d, dv, (float *)(uintptr_t)state, ld, 1, NULL, q, NULL, NULL, o);
 }
 
 static void multiply(float *to, const float *a, const float *b, int64_t count)
@@ -77,6 +92,97 @@ static void multiply(float *to, const float *a, const float *b, int64_t count)
     }
     int rest = (int)(count - i);
     v_store_n(to + i, v_mul(v_load_n(a + i, rest), v_load_n(b + i, rest)), rest);
+}
+
+/* ---- Decay by channel ---- */
+
+#define BLOCK 4 /* vectors of channels at a time */
+
+VINLINE vf part(const float *from, int lanes) { return lanes == VW ? v_load(from) : v_load_n(from, lanes); }
+
+VINLINE void scores_of(int vectors, int last, int64_t count, const float *q, const float *k, int64_t ld, const float *decays,
+                       int64_t ldd, float *s, int64_t lds)
+{
+    for (int64_t j = 0; j < count; j++) {
+        vf key[BLOCK];
+        COLUMNS(vectors, last)
+        {
+            key[i] = part(k + j * ld + i * VW, lanes);
+        }
+        for (int64_t t = j; t < count; t++) {
+            vf sum = v_zero();
+            COLUMNS(vectors, last)
+            {
+                key[i] = t == j ? key[i] : v_mul(key[i], part(decays + t * ldd + i * VW, lanes));
+                sum = v_fma(key[i], part(q + t * ld + i * VW, lanes), sum);
+            }
+            s[t * lds + j] += v_sum(sum);
+        }
+    }
+}
+
+static void faded_scores(int64_t count, int64_t width, const float *q, const float *k, int64_t ld, const float *decays, int64_t ldd,
+                         float *s, int64_t lds)
+{
+    for (int64_t i = 0; i < count * count; i++) {
+        s[i / count * lds + i % count] = 0;
+    }
+    int64_t c = 0;
+    for (; c + BLOCK * VW <= width; c += BLOCK * VW) {
+        scores_of(BLOCK, VW, count, q + c, k + c, ld, decays + c, ldd, s, lds);
+    }
+    for (; c < width; c += VW) {
+        scores_of(1, width - c < VW ? (int)(width - c) : VW, count, q + c, k + c, ld, decays + c, ldd, s, lds);
+    }
+}
+
+VINLINE void sums_of(int vectors, int last, int64_t count, const float *p, int64_t p_row, int64_t p_col, const float *from, int64_t ld,
+                     const float *decays, int64_t ldd, float *to, int64_t ldt)
+{
+    for (int64_t j = 0; j < count; j++) {
+        vf row[BLOCK];
+        COLUMNS(vectors, last)
+        {
+            row[i] = part(from + j * ld + i * VW, lanes);
+        }
+        for (int64_t t = j; t < count; t++) {
+            vf weight = v_set1(p[t * p_row + j * p_col]);
+            COLUMNS(vectors, last)
+            {
+                float *at = to + t * ldt + i * VW;
+                row[i] = t == j ? row[i] : v_mul(row[i], part(decays + t * ldd + i * VW, lanes));
+                v_store_n(at, v_fma(weight, row[i], part(at, lanes)), lanes);
+            }
+        }
+    }
+}
+
+static void faded_sums(int64_t count, int64_t width, const float *p, int64_t p_row, int64_t p_col, const float *from, int64_t ld,
+                       const float *decays, int64_t ldd, float *to, int64_t ldt)
+{
+    int64_t c = 0;
+    for (; c + BLOCK * VW <= width; c += BLOCK * VW) {
+        sums_of(BLOCK, VW, count, p, p_row, p_col, from + c, ld, decays + c, ldd, to + c, ldt);
+    }
+    for (; c < width; c += VW) {
+        sums_of(1, width - c < VW ? (int)(width - c) : VW, count, p, p_row, p_col, from + c, ld, decays + c, ldd, to + c, ldt);
+    }
+}
+
+static void fade(int64_t count, int64_t width, float *rows, int64_t ld, const float *decays, int64_t ldd, int64_t first, float *total)
+{
+    for (int64_t c = 0; c < width; c += VW) {
+        int lanes = width - c < VW ? (int)(width - c) : VW;
+        vf factor = v_set1(1.0f);
+        for (int64_t t = 0; t < count; t++) {
+            float *at = rows + t * ld + c;
+            factor = t < first ? factor : v_mul(factor, part(decays + t * ldd + c, lanes));
+            v_store_n(at, v_mul(part(at, lanes), factor), lanes);
+        }
+        if (total != NULL) {
+            v_store_n(total + c, factor, lanes);
+        }
+    }
 }
 
 static void taylor(float *s, float *slope, int64_t count)
@@ -149,5 +255,6 @@ static void taylor_features_back(int64_t d, double scale, const float *x, const 
 }
 
 const attn_linear_kernels ATTN_K(attn_linear_kernels_table) = {.step = step, .read = read_state, .multiply = multiply,
+                                                               .faded_scores = faded_scores, .faded_sums = faded_sums, .fade = fade,
                                                                .taylor = taylor, .taylor_features = taylor_features,
                                                                .taylor_features_back = taylor_features_back};
