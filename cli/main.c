@@ -36,7 +36,11 @@ int cli_error(const char *format, ...)
     return 1;
 }
 
-int cli_library_error(void) { return cli_error("%s", attn_last_error()); }
+int cli_library_error(void)
+{
+    const char *message = attn_last_error();
+    return cli_error("%s", message[0] != '\0' ? message : "out of memory"); /* only the command's own allocations leave no message */
+}
 
 int cli_usage_error(const char *command, const char *format, ...)
 {

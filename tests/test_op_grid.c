@@ -5,9 +5,17 @@
 #include <stdarg.h>
 #include <stddef.h>
 #include <stdio.h>
+#include <stdlib.h>
 #include <cmocka.h>
 
 #define SHAPE(...) (int)(sizeof(int64_t[]){__VA_ARGS__} / sizeof(int64_t)), (int64_t[]){__VA_ARGS__}
+
+/* A SPEC that the inputs do not fit. */
+typedef struct wrong {
+    const char *spec;
+    attn_status status;
+    const char *words;
+} wrong;
 
 static void halo(void **unused)
 {
@@ -144,6 +152,45 @@ static void agent_errors(void **unused)
     opcheck_input(&offsets, "x", SHAPE(1, 16, 3));
     opcheck_whole(&offsets, "offsets", SHAPE(2, 2), 4, 7);
     opcheck_fails(&offsets, ATTN_ERR_ARGUMENT, "expected 0 ... 3");
+    static const wrong cores[] = {
+        {"agent:grid=[2,3]", ATTN_ERR_ARGUMENT, "agent_grid is needed"},
+        {"agent:grid=[2,4],agent_grid=[1,2]", ATTN_ERR_SHAPE, "does not hold the 6 queries"},
+        {"agent:grid=[2,3],agent_grid=[0,2]", ATTN_ERR_ARGUMENT, "agent_grid"},
+        {"agent:grid=[2,3],agent_grid=[4503599627370497,4096]", ATTN_ERR_ARGUMENT, "agent_grid"}, /* an overflow that gives 4096 */
+        {"agent:grid=[2,3],agent_grid=[1048576,1048576]", ATTN_ERR_SHAPE, "elements"},
+    };
+    for (size_t i = 0; i < sizeof cores / sizeof cores[0]; i++) {
+        opcheck_case c = {.spec = cores[i].spec};
+        opcheck_input(&c, "q", SHAPE(1, 1, 6, 4000));
+        opcheck_input(&c, "k", SHAPE(1, 1, 6, 4000));
+        opcheck_input(&c, "v", SHAPE(1, 1, 6, 4));
+        opcheck_fails(&c, cores[i].status, cores[i].words);
+    }
+    static const wrong layers[] = {
+        {"agent.layer:heads=4,grid=[4,4],agent_grid=[2,2]", ATTN_ERR_ARGUMENT, "heads = 4 does not divide C = 6"},
+        {"agent.layer:heads=2,grid=[4,5],agent_grid=[2,2]", ATTN_ERR_SHAPE, "does not hold the 16 tokens"},
+        {"agent.layer:heads=2,grid=[4,4],agent_grid=[2,3]", ATTN_ERR_SHAPE, "expected 2 and 6"},
+        {"agent.layer:heads=2,grid=[4,4],agent_grid=[2,2],window=[4,3]", ATTN_ERR_ARGUMENT, "does not divide grid"},
+        {"agent.layer:heads=2,grid=[4,4],agent_grid=[2,2],reduction=2", ATTN_ERR_ARGUMENT, "go with reduction above 1"},
+        {"agent.layer:heads=2,grid=[4,4],agent_grid=[2,2],reduction=5", ATTN_ERR_ARGUMENT, "exceeds the grid"},
+    };
+    for (size_t i = 0; i < sizeof layers / sizeof layers[0]; i++) {
+        opcheck_case c = {.spec = layers[i].spec};
+        agent_layer_inputs(&c, 16, 4, 4, 4, 4);
+        opcheck_fails(&c, layers[i].status, layers[i].words);
+    }
+    static const wrong merges[] = {
+        {"agent.merge:grid=[4,5]", ATTN_ERR_SHAPE, "does not hold the 16 tokens"},
+        {"agent.merge:grid=[4,4],stride=[5,1]", ATTN_ERR_ARGUMENT, "there is no region"},
+        {"agent.merge:grid=[4,4],ratio=1", ATTN_ERR_ARGUMENT, "ratio"},
+        {"agent.merge:grid=[4,4],ratio=0.25", ATTN_ERR_SHAPE, "expected the 12 that are left"},
+    };
+    for (size_t i = 0; i < sizeof merges / sizeof merges[0]; i++) {
+        opcheck_case c = {.spec = merges[i].spec};
+        opcheck_input(&c, "x", SHAPE(1, 16, 3));
+        opcheck_input(&c, "y", SHAPE(1, 11, 3));
+        opcheck_fails(&c, merges[i].status, merges[i].words);
+    }
 }
 
 static void davit(void **unused)
@@ -202,8 +249,41 @@ static void davit_errors(void **unused)
     opcheck_input(&heads, "w_proj", SHAPE(6, 6));
     opcheck_input(&heads, "b_proj", SHAPE(6));
     opcheck_fails(&heads, ATTN_ERR_ARGUMENT, "heads = 4 does not divide C = 6");
-    opcheck_case window = {.spec = "davit.window:grid=[2,2],window=0"};
-    opcheck_fails(&window, ATTN_ERR_ARGUMENT, "window");
+    static const wrong windows[] = {
+        {"davit.window", ATTN_ERR_ARGUMENT, "grid is required"},
+        {"davit.window:grid=[2,3]", ATTN_ERR_SHAPE, "does not hold the 4 tokens"},
+        {"davit.window:grid=[2,2],window=0", ATTN_ERR_ARGUMENT, "window"},
+        {"davit.window:grid=[2,2],window=[1,2,3]", ATTN_ERR_ARGUMENT, "window"},
+        {"davit.window:grid=[2,2],padding=wrap", ATTN_ERR_ARGUMENT, "expected zero|mask"},
+    };
+    for (size_t i = 0; i < sizeof windows / sizeof windows[0]; i++) {
+        opcheck_case c = {.spec = windows[i].spec};
+        opcheck_input(&c, "q", SHAPE(1, 1, 4, 3));
+        opcheck_input(&c, "k", SHAPE(1, 1, 4, 3));
+        opcheck_input(&c, "v", SHAPE(1, 1, 4, 3));
+        opcheck_fails(&c, windows[i].status, windows[i].words);
+    }
+    static const wrong embeds[] = {
+        {"davit.embed:grid=[2,3]", ATTN_ERR_SHAPE, "does not hold the 4 tokens"},
+        {"davit.embed:grid=[2,2],stride=1", ATTN_ERR_SHAPE, "w has a kernel of 3, expected 1 ... 2"},
+        {"davit.embed:grid=[2,2],pad=1,norm=last", ATTN_ERR_SHAPE, "ln_w has 3 numbers, expected 5"},
+        {"davit.embed:grid=[2,2],pad=-1", ATTN_ERR_ARGUMENT, "pad"},
+    };
+    for (size_t i = 0; i < sizeof embeds / sizeof embeds[0]; i++) {
+        opcheck_case c = {.spec = embeds[i].spec};
+        opcheck_input(&c, "x", SHAPE(1, 4, 3));
+        opcheck_input(&c, "w", SHAPE(5, 3, 3, 3));
+        opcheck_input(&c, "b", SHAPE(5));
+        opcheck_input(&c, "ln_w", SHAPE(3));
+        opcheck_input(&c, "ln_b", SHAPE(3));
+        opcheck_fails(&c, embeds[i].status, embeds[i].words);
+    }
+    opcheck_case half = {.spec = "davit.channel_block:heads=2,grid=[2,2]"};
+    opcheck_input(&half, "x", SHAPE(1, 4, 6));
+    davit_weights(&half, "");
+    half.in_count--; /* without b_fc2 */
+    free(half.in[half.in_count].tensor.data);
+    opcheck_fails(&half, ATTN_ERR_ARGUMENT, "5 of the feed-forward part's six inputs");
 }
 
 static void neighborhood(void **unused)

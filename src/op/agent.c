@@ -143,8 +143,8 @@ typedef struct agent_params {
 } agent_params;
 
 static const attn_param_info agent_param_table[] = {
-    ATTN_P_LIST(INTS, "grid", agent_params, grid, "null", 1, INFINITY, 2, 2, "rows and columns of the queries; needed without agents"),
-    ATTN_P_LIST(INTS, "agent_grid", agent_params, agent_grid, "null", 1, INFINITY, 2, 2, "rows and columns of the agents; needed without agents"),
+    ATTN_P_LIST(INTS, "grid", agent_params, grid, "null", 1, ATTN_MOST_EXTENT, 2, 2, "rows and columns of the queries; needed without agents"),
+    ATTN_P_LIST(INTS, "agent_grid", agent_params, agent_grid, "null", 1, ATTN_MOST_STEP, 2, 2, "rows and columns of the agents; needed without agents"),
     ATTN_P_FLOAT_AUTO("scale", agent_params, scale, "1/sqrt(D)", -INFINITY, INFINITY, "multiplies agent.key"),
     ATTN_P_FLOAT_AUTO("scale2", agent_params, scale2, "scale", -INFINITY, INFINITY, "multiplies query.agent"),
     ATTN_P_FLOAT("shortcut", agent_params, shortcut, "0", -INFINITY, INFINITY, "adds shortcut * v to the output; needs N = M"),
@@ -449,8 +449,8 @@ static attn_status check_bias(const attn_call *call, int first, const bias_shape
 }
 
 static const attn_param_info bias_param_table[] = {
-    ATTN_P_LIST(INTS, "grid", agent_params, grid, NULL, 1, INFINITY, 2, 2, "rows and columns of the queries"),
-    ATTN_P_LIST(INTS, "key_grid", agent_params, key_grid, "null", 1, INFINITY, 2, 2, "rows and columns of the keys (default: grid)"),
+    ATTN_P_LIST(INTS, "grid", agent_params, grid, NULL, 1, ATTN_MOST_EXTENT, 2, 2, "rows and columns of the queries"),
+    ATTN_P_LIST(INTS, "key_grid", agent_params, key_grid, "null", 1, ATTN_MOST_EXTENT, 2, 2, "rows and columns of the keys (default: grid)"),
 };
 
 enum { BIAS_OUT_AN = BIAS_COUNT, BIAS_OUT_NA };
@@ -525,11 +525,11 @@ const attn_op_class attn_op_agent_bias = {
 
 static const attn_param_info layer_param_table[] = {
     ATTN_P_INT("heads", agent_params, heads, NULL, 1, INFINITY, "attention heads; divides C"),
-    ATTN_P_LIST(INTS, "grid", agent_params, grid, NULL, 1, INFINITY, 2, 2, "rows and columns of the tokens"),
-    ATTN_P_LIST(INTS, "agent_grid", agent_params, agent_grid, NULL, 1, INFINITY, 2, 2, "rows and columns of the agents"),
+    ATTN_P_LIST(INTS, "grid", agent_params, grid, NULL, 1, ATTN_MOST_EXTENT, 2, 2, "rows and columns of the tokens"),
+    ATTN_P_LIST(INTS, "agent_grid", agent_params, agent_grid, NULL, 1, ATTN_MOST_STEP, 2, 2, "rows and columns of the agents"),
     ATTN_P_BOOL("cls", agent_params, cls, "false", "a class token comes first"),
-    ATTN_P_INT("reduction", agent_params, reduction, "1", 1, INFINITY, "keys and values come from a grid reduced by this factor"),
-    ATTN_P_LIST(INTS, "window", agent_params, window, "null", 1, INFINITY, 2, 2,
+    ATTN_P_INT("reduction", agent_params, reduction, "1", 1, ATTN_MOST_STEP, "keys and values come from a grid reduced by this factor"),
+    ATTN_P_LIST(INTS, "window", agent_params, window, "null", 1, ATTN_MOST_STEP, 2, 2,
                 "rows and columns of windows that attend apart (default: the whole grid)"),
 };
 

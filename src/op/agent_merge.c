@@ -13,8 +13,8 @@ typedef struct merge_params {
 } merge_params;
 
 static const attn_param_info merge_param_table[] = {
-    ATTN_P_LIST(INTS, "grid", merge_params, grid, NULL, 1, INFINITY, 2, 2, "rows and columns of the tokens"),
-    ATTN_P_LIST(INTS, "stride", merge_params, stride, "2", 1, INFINITY, 1, 2, "rows and columns of a region with one destination"),
+    ATTN_P_LIST(INTS, "grid", merge_params, grid, NULL, 1, ATTN_MOST_EXTENT, 2, 2, "rows and columns of the tokens"),
+    ATTN_P_LIST(INTS, "stride", merge_params, stride, "2", 1, ATTN_MOST_STEP, 1, 2, "rows and columns of a region with one destination"),
     ATTN_P_FLOAT_OPEN("ratio", merge_params, ratio, "0.5", 0, 0, 1, 1, "share of the tokens that are merged into others"),
     ATTN_P_FLOAT_OPEN("agent_ratio", merge_params, agent_ratio, "0.8", 0, 0, 1, 1, "the same for the agents"),
 };

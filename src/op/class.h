@@ -34,6 +34,11 @@ typedef struct attn_floats {
 } attn_floats;
 /* In a params struct: int64_t for BOOL, INT and CHOICE (index into the names), double for FLOAT. */
 
+/* Most rows, columns or cells of an axis: products of two extents do not overflow. */
+#define ATTN_MOST_EXTENT 1073741824.0
+/* Most of what is added to extents or multiplies them (windows, strides, padding). */
+#define ATTN_MOST_STEP 1048576.0
+
 /* Entries of a parameter table. S: the struct, F: its field, standard: text or NULL (required). */
 #define ATTN_P_BOOL(name_, S, F, standard_, help_)                                                                     \
     {.name = name_, .type = ATTN_PARAM_BOOL, .standard = standard_, .min = 0, .max = 1, .help = help_, .offset = offsetof(S, F)}

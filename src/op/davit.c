@@ -20,8 +20,8 @@ typedef struct window_params {
 } window_params;
 
 static const attn_param_info window_param_table[] = {
-    ATTN_P_LIST(INTS, "grid", window_params, grid, NULL, 1, INFINITY, 2, 2, "rows and columns of the image; their product is N"),
-    ATTN_P_LIST(INTS, "window", window_params, window, "7", 1, INFINITY, 1, 2, "rows and columns of a window"),
+    ATTN_P_LIST(INTS, "grid", window_params, grid, NULL, 1, ATTN_MOST_EXTENT, 2, 2, "rows and columns of the image; their product is N"),
+    ATTN_P_LIST(INTS, "window", window_params, window, "7", 1, ATTN_MOST_STEP, 1, 2, "rows and columns of a window"),
     ATTN_P_SCALE(window_params, scale),
     ATTN_P_CHOICE("padding", window_params, padding, "zero", "zero|mask",
                   "windows that stick out: padding tokens take part, or are left out"),

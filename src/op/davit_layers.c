@@ -145,8 +145,8 @@ typedef struct davit_params {
 } davit_params;
 
 #define HEADS_PARAM ATTN_P_INT("heads", davit_params, heads, NULL, 1, INFINITY, "heads or groups; divides C")
-#define GRID_PARAM ATTN_P_LIST(INTS, "grid", davit_params, grid, NULL, 1, INFINITY, 2, 2, "rows and columns of the image; their product is N")
-#define WINDOW_PARAM ATTN_P_LIST(INTS, "window", davit_params, window, "7", 1, INFINITY, 1, 2, "rows and columns of a window")
+#define GRID_PARAM ATTN_P_LIST(INTS, "grid", davit_params, grid, NULL, 1, ATTN_MOST_EXTENT, 2, 2, "rows and columns of the image; their product is N")
+#define WINDOW_PARAM ATTN_P_LIST(INTS, "window", davit_params, window, "7", 1, ATTN_MOST_STEP, 1, 2, "rows and columns of a window")
 #define ORDER_PARAM                                                                                                    \
     ATTN_P_CHOICE("order", davit_params, order, "vqk", "vqk|qkv",                                                      \
                   "roles of the three thirds of the projection: vqk as in the released models, qkv in version 2")
@@ -572,8 +572,8 @@ enum { NORM_FIRST, NORM_LAST };
 
 static const attn_param_info embed_params[] = {
     GRID_PARAM,
-    ATTN_P_INT("stride", davit_params, stride, "2", 1, INFINITY, "pixels from patch to patch"),
-    ATTN_P_INT("pad", davit_params, pad, "0", 0, INFINITY, "zeros around the image"),
+    ATTN_P_INT("stride", davit_params, stride, "2", 1, ATTN_MOST_STEP, "pixels from patch to patch"),
+    ATTN_P_INT("pad", davit_params, pad, "0", 0, ATTN_MOST_STEP, "zeros around the image"),
     ATTN_P_CHOICE("norm", davit_params, norm, "first", "first|last", "layer norm of the input or of the result"),
 };
 
