@@ -48,14 +48,14 @@ typedef struct problem {
     attn_linattn shape;
     attn_arena *arena;
     int threads;
-    float *q, *k, *v, *o, *state, *slope;
+    float *q, *k, *v, *o, *state, *slope, *decays;
 } problem;
 
 static problem make(int64_t heads, int64_t n, int64_t d, int threads)
 {
     problem p = {.threads = threads, .q = numbers(heads * n * d, -1, 1), .k = numbers(heads * n * d, -1, 1),
                  .v = numbers(heads * n * d, -1, 1), .o = numbers(heads * n * d, 0, 0), .state = numbers(heads * d * d, 0, 0),
-                 .slope = numbers(heads, 0.01, 0.1)};
+                 .slope = numbers(heads, 0.01, 0.1), .decays = numbers(heads * n * d, 0.9, 1)};
     p.shape = (attn_linattn){.batch = 1, .heads = heads, .kv_heads = heads, .n = n, .m = n, .d = d, .dv = d, .causal = 1, .scale = 1};
     must(attn_arena_create(&p.arena, 0));
     return p;
@@ -63,7 +63,7 @@ static problem make(int64_t heads, int64_t n, int64_t d, int threads)
 
 static void drop(problem *p)
 {
-    float *memory[] = {p->q, p->k, p->v, p->o, p->state, p->slope};
+    float *memory[] = {p->q, p->k, p->v, p->o, p->state, p->slope, p->decays};
     for (size_t i = 0; i < sizeof memory / sizeof *memory; i++) {
         free(memory[i]);
     }
@@ -95,8 +95,11 @@ static void lengths(int64_t d, int threads, int repeats, int64_t longest)
         double seconds = best_seconds(&p, 0, runs), token = seconds / (double)(heads * n);
         double rate = attn_linattn_flops(&p.shape) / seconds;
         first = first == 0 ? token : first;
-        printf("| %3lld | %7lld | %7.1f | %5.2f | %6.1f | %5.1f%% |\n", (long long)d, (long long)n, token * 1e9, token / first,
-               rate * 1e-9, 100 * rate / peak);
+        p.shape.slope = NULL;
+        p.shape.decays = p.decays;
+        double by_feature = best_seconds(&p, 0, runs) / (double)(heads * n);
+        printf("| %3lld | %7lld | %7.1f | %5.2f | %6.1f | %5.1f%% | %7.1f |\n", (long long)d, (long long)n, token * 1e9, token / first,
+               rate * 1e-9, 100 * rate / peak, by_feature * 1e9);
         fflush(stdout);
         drop(&p);
     }
@@ -146,8 +149,8 @@ int main(int argc, char **argv)
         fprintf(stderr, "bench_linear: expected at least 1 thread, 1 repeat and 1024 tokens\n");
         return 2;
     }
-    printf("causal, one decay per head, 2 heads, %d threads\n\n| D | tokens | ns per token and head | over the first | GFLOP/s | of the peak |\n"
-           "| --- | --- | --- | --- | --- | --- |\n", threads);
+    printf("causal, one decay per head, 2 heads, %d threads\n\n| D | tokens | ns per token and head | over the first | GFLOP/s | of the peak | decay by feature, ns |\n"
+           "| --- | --- | --- | --- | --- | --- | --- |\n", threads);
     for (int64_t d = 64; d <= 128; d *= 2) {
         lengths(d, threads, repeats, longest);
     }

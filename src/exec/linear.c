@@ -226,7 +226,7 @@ void attn_linear_copy(float *to, int64_t ld_to, const float *from, int64_t ld_fr
 
 /* What a head reads and writes, and how much of the next chunk was asked for. */
 typedef struct stream {
-    const float *q, *k, *v;
+    const float *q, *k, *v, *decays;
     float *o;
     int64_t first, share, shares;
 } stream;
@@ -239,6 +239,9 @@ static void prefetch(const attn_linattn *x, int64_t chunk, stream *s)
     if (s->share++ < s->shares && low < high) {
         attn_prefetch(s->k + low * x->d, 0, 1, (size_t)((high - low) * x->d) * sizeof *s->k);
         attn_prefetch(s->v + low * x->dv, 0, 1, (size_t)((high - low) * x->dv) * sizeof *s->v);
+        if (s->decays != NULL) {
+            attn_prefetch(s->decays + low * width_of(x), 0, 1, (size_t)((high - low) * width_of(x)) * sizeof *s->decays);
+        }
         if (x->causal && queries > 0) {
             attn_prefetch(s->q + query * x->d, 0, 1, (size_t)(queries * x->d) * sizeof *s->q);
             attn_prefetch(s->o + query * x->dv, 0, 1, (size_t)(queries * x->dv) * sizeof *s->o);
@@ -270,7 +273,7 @@ static void forward_head(attn_linear_work *w, int64_t b, int64_t h, int fresh, i
     }
     for (int64_t first = 0; first < x->m; first += w->chunk) {
         int64_t count = attn_min_i64(w->chunk, x->m - first);
-        stream next = {q, k, v, o, first + w->chunk, 0, shares};
+        stream next = {q, k, v, x->decays != NULL ? x->decays + (b * x->heads + h) * x->m * w->width : NULL, o, first + w->chunk, 0, shares};
         attn_linear_load(w, first, count, x->causal ? q : NULL, k, v, NULL);
         if (made != count || x->log_decay != NULL || x->decays != NULL) {
             attn_linear_decays(w, b, h, first);

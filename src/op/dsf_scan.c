@@ -1,7 +1,10 @@
 /* The shared recurrence: blocks of channels are independent tasks. The backward pass keeps the state at the start of each span of
- * tokens and recomputes the states within a span.
+ * tokens and recomputes the states within a span. Decays that the channels share make it linear attention, which goes forward by
+ * chunks of tokens.
  */
 #include "op/dsf.h"
+
+#include "exec/linear.h"
 
 #include <string.h>
 
@@ -71,8 +74,50 @@ static void start_state(const dsf_scan *x, int64_t sequence, int64_t low, int64_
     }
 }
 
+static void transpose(float *to, const float *from, int64_t rows, int64_t columns)
+{
+    for (int64_t r = 0; r < rows; r++) {
+        for (int64_t c = 0; c < columns; c++) {
+            to[c * rows + r] = from[r * columns + c];
+        }
+    }
+}
+
+/* c asks as a query, b is the key, and each state decays as a feature of theirs. */
+static attn_status by_chunks(attn_call *call, const dsf_scan *x, float *o, float *h_last)
+{
+    int64_t rows = x->sequences * x->n, size = x->channels * x->states;
+    attn_status status = ATTN_OK;
+    float *v = x->gain != NULL ? dsf_floats(call, rows * x->channels, &status) : NULL;
+    float *lam = x->lam_deep ? NULL : dsf_floats(call, rows * x->states, &status);
+    float *state = dsf_floats(call, x->sequences * size, &status);
+    ATTN_TRY(status);
+    for (int64_t i = 0; i < rows * x->channels && v != NULL; i++) {
+        v[i] = gain_at(x, i / x->channels, i % x->channels) * x->v[i];
+    }
+    for (int64_t i = 0; i < rows * x->states && lam != NULL; i++) {
+        lam[i] = x->lam[i / x->states];
+    }
+    for (int64_t i = 0; i < x->sequences && x->h0 != NULL; i++) {
+        transpose(state + i * size, x->h0 + i * size, x->channels, x->states);
+    }
+    attn_linattn shape = {.batch = x->sequences, .heads = 1, .kv_heads = 1, .n = x->n, .m = x->n, .d = x->states, .dv = x->channels,
+                          .causal = 1, .scale = 1, .decays = lam != NULL ? lam : x->lam};
+    ATTN_TRY(attn_linattn_forward(&shape, call->arena, call->threads, x->c, x->b, v != NULL ? v : x->v, x->h0 != NULL ? state : NULL, o, state));
+    for (int64_t i = 0; i < x->sequences; i++) {
+        transpose(h_last + i * size, state + i * size, x->states, x->channels);
+    }
+    for (int64_t i = 0; i < rows * x->channels && x->skip != NULL; i++) {
+        o[i] += x->skip[i / x->channels / x->n % x->skip_sets * x->channels + i % x->channels] * x->v[i];
+    }
+    return ATTN_OK;
+}
+
 attn_status dsf_scan_forward(attn_call *call, const dsf_scan *x, float *o, float *h_last)
 {
+    if (!x->lam_wide && x->log_rate == NULL && x->b != NULL && x->c != NULL) {
+        return by_chunks(call, x, o, h_last);
+    }
     int64_t blocks = attn_ceil_div(x->channels, CHANNELS);
 #pragma omp parallel for schedule(static) num_threads(call->threads) if (call->threads > 1)
     for (int64_t task = 0; task < x->sequences * blocks; task++) {
