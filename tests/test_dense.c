@@ -378,6 +378,25 @@ static void test_widths(void **state)
     for_each_isa(run_widths);
 }
 
+/* Keys that are one step of the softmax, and one more than that; all options that hide no key. */
+static void run_few_keys(attn_random *random)
+{
+    const attn_dtype types[] = {ATTN_F32, ATTN_F16, ATTN_BF16, ATTN_I8};
+    const int64_t keys[] = {5, 9, 16, 17, 49, 77, 128, 129};
+    for (int i = 0; i < 32; i++) {
+        problem p = {.b = 2, .h = 4, .hkv = 1 + i % 2, .n = draw(random, 17, 200), .m = keys[i % 8], .d = draw(random, 1, 70),
+                     .dv = draw(random, 1, 70)};
+        int options = i < 8 ? 0 : (int)draw(random, 0, 31) & (WITH_BIAS | WITH_SLOPES | WITH_SINKS | WITH_CAP);
+        check(&p, random, options, ATTN_F32, i < 8 ? ATTN_F32 : types[draw(random, 0, 3)], i < 8 ? 0 : (int)draw(random, 0, 3));
+    }
+}
+
+static void test_few_keys(void **state)
+{
+    (void)state;
+    for_each_isa(run_few_keys);
+}
+
 static void run_long_decode(attn_random *random)
 {
     for (int i = 0; i < 8; i++) {
@@ -587,7 +606,8 @@ static void test_errors(void **state)
 int main(void)
 {
     const struct CMUnitTest tests[] = {
-        cmocka_unit_test(test_random_problems),  cmocka_unit_test(test_widths), cmocka_unit_test(test_long_decode),
+        cmocka_unit_test(test_random_problems),  cmocka_unit_test(test_widths), cmocka_unit_test(test_few_keys),
+        cmocka_unit_test(test_long_decode),
         cmocka_unit_test(test_thread_count_does_not_matter), cmocka_unit_test(test_large_scores),
         cmocka_unit_test(test_empty),            cmocka_unit_test(test_errors), cmocka_unit_test(test_window_of_cache),
         cmocka_unit_test(test_top),

@@ -529,8 +529,9 @@ attn_status attn_dense_forward_top(const attn_dense_settings *settings, const at
     }
     ATTN_TRY(attn_scratch_begin(&scratch, exec));
     int threads = attn_exec_threads(exec);
-    attn_status status = attn_dense_is_decode(&p) ? attn_dense_decode(&p, o, lse, scratch.arena, threads)
-                                                  : tiled(&p, o, lse, scratch.arena, threads);
+    attn_status status = attn_dense_is_decode(&p)      ? attn_dense_decode(&p, o, lse, scratch.arena, threads)
+                         : attn_dense_is_short(&p, o) ? attn_dense_short(&p, o, lse, scratch.arena, threads)
+                                                      : tiled(&p, o, lse, scratch.arena, threads);
     attn_scratch_end(&scratch);
     return status;
 }

@@ -86,4 +86,8 @@ int attn_dense_is_decode(const dense_problem *problem);
 attn_status attn_dense_decode(const dense_problem *problem, const attn_tensor *o, const attn_tensor *lse, attn_arena *arena,
                               int threads);
 
+/* dense_short.c: any number of query rows, few keys, all of them visible. */
+int attn_dense_is_short(const dense_problem *problem, const attn_tensor *o);
+attn_status attn_dense_short(const dense_problem *problem, const attn_tensor *o, const attn_tensor *lse, attn_arena *arena, int threads);
+
 #endif

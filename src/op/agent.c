@@ -34,7 +34,7 @@ typedef struct core {
     float *bias_an, *bias_na;     /* [bias batch,H,A,M], [bias batch,H,N,A], or NULL */
     int64_t an_batch, na_batch;
     float *agent_v, *o;           /* [B,H,A,Dv], [B,H,N,Dv] */
-    float *lse1, *lse2;           /* [B,H,A], [B,H,N] */
+    float *lse1, *lse2;           /* [B,H,A], [B,H,N]; NULL when no backward follows */
 } core;
 
 typedef struct core_gradients {
@@ -79,11 +79,11 @@ static attn_status core_attend(attn_call *call, const core *c)
     attn_exec exec = {.threads = call->threads, .arena = call->arena};
     attn_dense_settings first = scaled(c->scale), second = scaled(c->scale2);
     attn_dense_inputs in = collect_inputs(c, &bias);
-    ATTN_TRY(attn_pool_forward(&first, &in, &o, &lse, &exec));
+    ATTN_TRY(attn_pool_forward(&first, &in, &o, c->lse1 != NULL ? &lse : NULL, &exec));
     in = hand_on_inputs(c, &bias);
     o = view(c->o, c->batch, c->heads, c->n, c->dv);
     lse = view3(c->lse2, c->batch, c->heads, c->n);
-    return attn_dense_forward(&second, &in, &o, &lse, &exec);
+    return attn_dense_forward(&second, &in, &o, c->lse2 != NULL ? &lse : NULL, &exec);
 }
 
 /* to [B,H,N,Dv] += shortcut * v, or (back) v's gradient [B,Hkv,M,Dv] += shortcut * the output's. */
@@ -219,26 +219,22 @@ static attn_pool_grid pool_of(const attn_call *call, const core *c)
                             .stride = c->n * c->d, .cell_rows = p->agent_grid.items[0], .cell_columns = p->agent_grid.items[1]};
 }
 
-/* Agents, and room for what lies between. */
-static attn_status agent_prepare(attn_call *call, core *c, float *pooled)
+/* The given agents, or pooled ones. */
+static void agent_prepare(const attn_call *call, core *c, float *pooled)
 {
-    int64_t heads = c->batch * c->heads;
-    ATTN_TRY(attn_take_f32(call, heads * c->a, &c->lse1));
-    ATTN_TRY(attn_take_f32(call, heads * c->n, &c->lse2));
     c->agents = attn_f32(call->t[AGENTS]);
     if (c->agents == NULL) {
         attn_pool_grid pool = pool_of(call, c);
         attn_pool_forward_mean(&pool, call->threads, c->q, pooled);
         c->agents = pooled;
     }
-    return ATTN_OK;
 }
 
 static attn_status agent_forward(attn_call *call)
 {
     core c;
     ATTN_TRY(agent_setup(call, &c));
-    ATTN_TRY(agent_prepare(call, &c, attn_f32(call->t[AGENTS_OUT])));
+    agent_prepare(call, &c, attn_f32(call->t[AGENTS_OUT]));
     c.agent_v = attn_f32(call->t[AGENT_V]);
     c.o = attn_f32(call->t[O]);
     ATTN_TRY(core_attend(call, &c));
@@ -253,7 +249,9 @@ static attn_status agent_backward(attn_call *call)
     ATTN_TRY(agent_setup(call, &c));
     int64_t heads = c.batch * c.heads, kv = c.batch * c.kv_heads;
     ATTN_TRY(attn_take_f32(call, heads * c.a * c.d, &pooled));
-    ATTN_TRY(agent_prepare(call, &c, pooled));
+    agent_prepare(call, &c, pooled);
+    ATTN_TRY(attn_take_f32(call, heads * c.a, &c.lse1));
+    ATTN_TRY(attn_take_f32(call, heads * c.n, &c.lse2));
     ATTN_TRY(attn_take_f32(call, heads * c.a * c.dv, &c.agent_v));
     ATTN_TRY(attn_take_f32(call, heads * c.n * c.dv, &c.o));
     ATTN_TRY(core_attend(call, &c));
