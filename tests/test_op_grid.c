@@ -66,6 +66,8 @@ static void halo_errors(void **unused)
     opcheck_fails(&stride, ATTN_ERR_ARGUMENT, "block = 3 rows is not a multiple of query_stride = 2");
     opcheck_case zero = {.spec = "halo:grid=[4,4],block=0,halo=1"};
     opcheck_fails(&zero, ATTN_ERR_ARGUMENT, "block");
+    opcheck_case wraps = {.spec = "halo:grid=[4503599627370497,4096],block=2,halo=1"}; /* an overflow that gives 4096 */
+    opcheck_fails(&wraps, ATTN_ERR_ARGUMENT, "grid");
     opcheck_case padding = {.spec = "halo:grid=[4,4],block=2,halo=1,padding=reflect"};
     opcheck_fails(&padding, ATTN_ERR_ARGUMENT, "zero");
     opcheck_case one = {.spec = "halo:grid=[4,4],block=2,halo=1"};

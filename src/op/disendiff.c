@@ -16,7 +16,7 @@ typedef struct disendiff_params {
 } disendiff_params;
 
 #define CALIBRATION_PARAMS                                                                                             \
-    ATTN_P_LIST(INTS, "grid", disendiff_params, grid, NULL, 1, INFINITY, 2, 2, "picture grid, gh*gw = N"),              \
+    ATTN_P_LIST(INTS, "grid", disendiff_params, grid, NULL, 1, ATTN_MOST_EXTENT, 2, 2, "picture grid, gh*gw = N"),      \
         ATTN_P_INT("kernel", disendiff_params, kernel, "3", 1, 1001, "odd width of the smoothing window; 1 = off"),     \
         ATTN_P_FLOAT_OPEN("sigma", disendiff_params, sigma, "0.5", 0, 1, INFINITY, 0,                                   \
                           "weights are exp(-(d/(2*sigma))^2)"),                                                        \

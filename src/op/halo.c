@@ -16,14 +16,14 @@ typedef struct halo_params {
     int64_t scale_pos, padding, heads, down;
 } halo_params;
 
-#define GRID_PARAM ATTN_P_LIST(INTS, "grid", halo_params, grid, NULL, 1, INFINITY, 2, 2, "rows and columns of the image; their product is N")
-#define BLOCK_PARAM ATTN_P_LIST(INTS, "block", halo_params, block, NULL, 1, INFINITY, 1, 2, "rows and columns of a block of queries, in pixels")
-#define HALO_PARAM ATTN_P_LIST(INTS, "halo", halo_params, halo, NULL, 0, INFINITY, 1, 2, "rows and columns of keys around a block on each side")
+#define GRID_PARAM ATTN_P_LIST(INTS, "grid", halo_params, grid, NULL, 1, ATTN_MOST_EXTENT, 2, 2, "rows and columns of the image; their product is N")
+#define BLOCK_PARAM ATTN_P_LIST(INTS, "block", halo_params, block, NULL, 1, ATTN_MOST_STEP, 1, 2, "rows and columns of a block of queries, in pixels")
+#define HALO_PARAM ATTN_P_LIST(INTS, "halo", halo_params, halo, NULL, 0, ATTN_MOST_STEP, 1, 2, "rows and columns of keys around a block on each side")
 #define STRIDE_PARAM                                                                                                   \
-    ATTN_P_LIST(INTS, "query_stride", halo_params, query_stride, "1", 1, INFINITY, 1, 2,                               \
+    ATTN_P_LIST(INTS, "query_stride", halo_params, query_stride, "1", 1, ATTN_MOST_STEP, 1, 2,                         \
                 "queries sit at pixels 0, s, 2s, ... of each axis; divides block")
 #define STEP_PARAM                                                                                                     \
-    ATTN_P_LIST(INTS, "pos_step", halo_params, pos_step, "null", 0, INFINITY, 1, 2,                                    \
+    ATTN_P_LIST(INTS, "pos_step", halo_params, pos_step, "null", 0, ATTN_MOST_STEP, 1, 2,                              \
                 "pixels per query step in the relative offsets (default: query_stride, the true distance)")
 #define SCALE_POS_PARAM ATTN_P_BOOL("scale_pos", halo_params, scale_pos, "false", "the relative logits are multiplied by scale too")
 #define PADDING_PARAM                                                                                                  \

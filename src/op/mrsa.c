@@ -22,7 +22,7 @@ typedef struct mrsa_params {
 #define WEIGHTS_PARAM                                                                                                  \
     ATTN_P_LIST(FLOATS, "weights", mrsa_params, weights, "null", -INFINITY, INFINITY, 0, 0,                            \
                 "mask weight of each reference (default: all 1)")
-#define GRID_PARAM ATTN_P_LIST(INTS, "grid", mrsa_params, grid, NULL, 1, INFINITY, 2, 2, "token grid of the references")
+#define GRID_PARAM ATTN_P_LIST(INTS, "grid", mrsa_params, grid, NULL, 1, ATTN_MOST_EXTENT, 2, 2, "token grid of the references")
 #define MODE_PARAM                                                                                                     \
     ATTN_P_CHOICE("mode", mrsa_params, mode, "add", "add|mul",                                                         \
                   "add: the weighted mask is added to the logits and its zeros remove keys; mul: it multiplies them")
