@@ -5,6 +5,7 @@
 #include <omp.h>
 #include <string.h>
 
+#define CHUNK 48 /* tokens: whole tiles of 6 or 4 rows and of 16 columns */
 /* Tokens of a chunk with decay by feature: pairs go through their features one by one, so few should; the state is as much work for
  * each token in chunks of any size. */
 #define FADED 16
@@ -12,8 +13,8 @@
 
 static int64_t chunk_of(const attn_linattn *x)
 {
-    int64_t chunk = x->chunk == 0 ? 64 : x->chunk, most = x->decays != NULL ? FADED : 256;
-    return attn_max_i64(1, attn_min_i64(attn_min_i64(chunk, most), x->m));
+    int64_t chunk = attn_min_i64(x->chunk == 0 ? CHUNK : x->chunk, x->decays != NULL ? FADED : 256);
+    return attn_max_i64(1, attn_min_i64(chunk > CHUNK && x->map == NULL ? chunk - chunk % CHUNK : chunk, x->m));
 }
 
 static int64_t width_of(const attn_linattn *x) { return x->map != NULL ? x->map->width(x->d) : x->d; }

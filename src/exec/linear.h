@@ -29,7 +29,8 @@ typedef struct attn_feature_map {
 typedef struct attn_linattn {
     int64_t batch, heads, kv_heads, n, m, d, dv;
     int causal;
-    int64_t chunk;               /* tokens of a chunk, 1 ... 256; 0: 64. With decays at most 16. Changes rounding only */
+    int64_t chunk;               /* tokens of a chunk, at most 256 (with decays 16) and, above 48 and without a map, a multiple of it; 0: 48.
+                                    Changes rounding only */
     double scale;
     const float *slope;          /* [heads]: decay exp(-slope) per token, or NULL */
     const float *log_decay;      /* [batch, heads, m]: decay exp(log_decay) of each token (<= 0), or NULL */

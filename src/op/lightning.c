@@ -103,8 +103,7 @@ static attn_status decode_forward(attn_call *call)
 static attn_status lightning_cost(attn_call *call, attn_cost *cost)
 {
     attn_linattn x = shape_of(call);
-    double block = (double)attn_min_i64(attn_min_i64(x.chunk, 256), x.n), d = (double)x.d, dv = (double)x.dv;
-    cost->flops = (double)(x.batch * x.heads * x.n) * (block * (d + dv) + 4 * d * dv);
+    cost->flops = attn_linattn_flops(&x);
     return ATTN_OK;
 }
 

@@ -408,9 +408,8 @@ static attn_status layer_backward(attn_call *call, const layer *y, const float *
 
 static double core_flops(const core *g)
 {
-    double c = (double)g->c, e = (double)g->e, block = (double)attn_min_i64(attn_min_i64(g->block, 256), g->n);
-    return (double)g->rows * (2 * c * 4 * e + 2 * e * c +
-                              (double)g->heads * (4 * (double)(g->key * g->d) + block * (double)(g->key + g->d)));
+    attn_linattn shape = core_shape(g);
+    return (double)g->rows * 10 * (double)(g->c * g->e) + attn_linattn_flops(&shape);
 }
 
 /* ---- tnl, tnl.decode, tnl.attention ---- */
