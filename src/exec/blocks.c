@@ -32,12 +32,6 @@ typedef struct worker {
     segment *segments, *next; /* of this step, and of the one after it */
 } worker;
 
-static int values_as_they_lie(const dense_problem *p)
-{
-    const attn_tensor *v = &p->in->v;
-    return v->dtype == ATTN_F32 && v->stride[3] == 1 && p->dv % p->kernels->vw == 0;
-}
-
 static const float *values(const blocks *w, int64_t pair, int64_t key)
 {
     const dense_problem *p = w->p;
@@ -102,9 +96,9 @@ static attn_status blocks_create(blocks *w, attn_arena *arena)
     w->panel = attn_min_i64(nr, attn_ceil_div(size, vw) * vw);
     w->block_floats = attn_ceil_div(size, w->panel) * w->panel * p->d;
     w->k = attn_arena_array(arena, pairs * (size_t)w->y->columns, (size_t)w->block_floats * sizeof(float));
-    w->v = values_as_they_lie(p) ? NULL : attn_arena_array(arena, pairs * (size_t)p->m, (size_t)p->dv_pad * sizeof(float));
+    w->v = attn_dense_values_as_they_lie(p) ? NULL : attn_arena_array(arena, pairs * (size_t)p->m, (size_t)p->dv_pad * sizeof(float));
     w->used = attn_arena_array(arena, pairs, (size_t)w->y->columns);
-    if (w->k == NULL || w->used == NULL || (w->v == NULL && !values_as_they_lie(p))) {
+    if (w->k == NULL || w->used == NULL || (w->v == NULL && !attn_dense_values_as_they_lie(p))) {
         return attn_fail_memory(pairs * (size_t)(w->y->columns * w->block_floats) * sizeof(float));
     }
     mark_used(w);

@@ -293,7 +293,7 @@ typedef struct worker {
     int64_t *begin, *end;
 } worker;
 
-static int values_as_they_lie(const dense_problem *p)
+int attn_dense_values_as_they_lie(const dense_problem *p)
 {
     const attn_tensor *v = &p->in->v;
     return v->dtype == ATTN_F32 && v->stride[3] == 1 && p->dv % p->kernels->vw == 0;
@@ -304,8 +304,8 @@ static attn_status packed_create(const dense_problem *p, packed *to, attn_arena 
     to->m_pad = attn_ceil_div(p->m, p->kernels->nr) * p->kernels->nr;
     size_t pairs = (size_t)(p->batch * p->kv_heads);
     to->k = attn_arena_array(arena, pairs * (size_t)to->m_pad, (size_t)p->d * sizeof(float));
-    to->v = values_as_they_lie(p) ? NULL : attn_arena_array(arena, pairs * (size_t)p->m, (size_t)p->dv_pad * sizeof(float));
-    if (to->k == NULL || (to->v == NULL && !values_as_they_lie(p))) {
+    to->v = attn_dense_values_as_they_lie(p) ? NULL : attn_arena_array(arena, pairs * (size_t)p->m, (size_t)p->dv_pad * sizeof(float));
+    if (to->k == NULL || (to->v == NULL && !attn_dense_values_as_they_lie(p))) {
         return attn_fail_memory(pairs * (size_t)to->m_pad * (size_t)(p->d + p->dv) * sizeof(float));
     }
     return ATTN_OK;
@@ -529,9 +529,9 @@ attn_status attn_dense_forward_top(const attn_dense_settings *settings, const at
     }
     ATTN_TRY(attn_scratch_begin(&scratch, exec));
     int threads = attn_exec_threads(exec);
-    attn_status status = attn_dense_is_decode(&p)      ? attn_dense_decode(&p, o, lse, scratch.arena, threads)
-                         : attn_dense_is_short(&p, o) ? attn_dense_short(&p, o, lse, scratch.arena, threads)
-                                                      : tiled(&p, o, lse, scratch.arena, threads);
+    attn_status status = attn_dense_is_decode(&p)  ? attn_dense_decode(&p, o, lse, scratch.arena, threads)
+                         : attn_dense_is_short(&p)  ? attn_dense_short(&p, o, lse, scratch.arena, threads)
+                                                   : tiled(&p, o, lse, scratch.arena, threads);
     attn_scratch_end(&scratch);
     return status;
 }

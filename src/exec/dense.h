@@ -65,6 +65,8 @@ void attn_dense_pack_rows(const dense_problem *problem, float *to, const attn_te
  * first + i. The second function is the part after the soft cap. */
 void attn_dense_adjust(const dense_problem *problem, float *s, int64_t b, int64_t h, int64_t n, int64_t first, int64_t count);
 void attn_dense_shift(const dense_problem *problem, float *s, int64_t b, int64_t h, int64_t n, int64_t first, int64_t count);
+/* Whether values are whole rows of f32 of whole vectors, so that products can read them without a copy. */
+int attn_dense_values_as_they_lie(const dense_problem *problem);
 int attn_dense_needs_adjust(const dense_problem *problem);
 /* -inf outside [begin, end) */
 static inline void attn_dense_mask_row(float *s, int64_t first, int64_t count, int64_t begin, int64_t end)
@@ -86,8 +88,8 @@ int attn_dense_is_decode(const dense_problem *problem);
 attn_status attn_dense_decode(const dense_problem *problem, const attn_tensor *o, const attn_tensor *lse, attn_arena *arena,
                               int threads);
 
-/* dense_short.c: any number of query rows, few keys, all of them visible. */
-int attn_dense_is_short(const dense_problem *problem, const attn_tensor *o);
+/* dense_short.c: any number of query rows, few keys. */
+int attn_dense_is_short(const dense_problem *problem);
 attn_status attn_dense_short(const dense_problem *problem, const attn_tensor *o, const attn_tensor *lse, attn_arena *arena, int threads);
 
 #endif

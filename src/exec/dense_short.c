@@ -1,81 +1,154 @@
-/* Exact attention over few keys (agents, captions): all of them are one step of the softmax, so nothing is carried from step to step:
- * queries are read where they lie and results are written where they belong. */
+/* Exact attention over few keys (agents, captions, short sequences): all of them are one step of the softmax, so nothing is carried
+ * from step to step: queries are read where they lie and results are written where they belong. */
 #include "exec/dense.h"
 
 #include <omp.h>
 #include <string.h>
 
 #define MOST_KEYS 128
-#define ROWS 48         /* query rows that go through the keys together: a multiple of the kernels' tile heights */
 #define TASK_ROWS 192
+#define ROWS 48      /* query rows that go through the keys together: a multiple of the kernels' tile heights */
+#define EDGE_TILES 2 /* and tiles of rows that do so where their keys differ */
 #define LOAD_ROWS 16 /* what attn_dense_pack_transposed() needs room for */
 
-int attn_dense_is_short(const dense_problem *p, const attn_tensor *o)
+int attn_dense_is_short(const dense_problem *p)
 {
-    const attn_dense_settings *s = &p->settings;
-    int all_visible = !s->causal && s->window[0] < 0 && s->window[1] < 0 && p->in->key_length == NULL;
-    return all_visible && p->m > 0 && p->m <= MOST_KEYS && p->in->q.dtype == ATTN_F32 && p->in->q.stride[3] == 1 &&
-           o->dtype == ATTN_F32 && o->stride[3] == 1;
+    return p->m <= MOST_KEYS;
 }
-
-/* Keys [B*Hkv][m_pad * D] in panels, times the factor of the scores, and values [B*Hkv][M][dv_pad]. */
-typedef struct packed {
-    int64_t m_pad;
-    float *k, *v;
-} packed;
 
 typedef struct worker {
-    float *s, *m, *l, *alpha, *rows; /* [ROWS][m_pad], [ROWS] each, [LOAD_ROWS][max(D, Dv)] */
+    int64_t pair; /* whose keys and values are packed: of a batch item and a key/value head */
+    int64_t m_pad;
+    float *k, *v; /* keys in panels [m_pad * D], times the factor of the scores; values [M][dv_pad], or NULL: used as they lie */
+    float *q, *s, *o, *m, *l, *alpha, *rows; /* [ROWS][D], [ROWS][m_pad], [ROWS][Dv], [ROWS] each, [LOAD_ROWS][max(D, Dv)] */
 } worker;
 
-static void pack(const dense_problem *p, const packed *kv, int64_t pair, float *rows)
+/* Some rows of a head and where they are read from and written to. */
+typedef struct part {
+    int64_t b, h, n, rows;
+    int64_t low, high; /* keys outside of these none of them sees; low a multiple of the panel width */
+    int same;          /* all of them see all of these keys */
+    const float *q;
+    float *o;
+    int64_t ldq, ldo;
+} part;
+
+static int whole_rows(const attn_tensor *t)
+{
+    return t->dtype == ATTN_F32 && t->stride[3] == 1;
+}
+
+/* Packing is worth a few rows of queries, so each thread does it for itself. */
+static void pack(const dense_problem *p, worker *w, int64_t pair)
 {
     int64_t b = pair / p->kv_heads, h = pair % p->kv_heads;
-    float *k = kv->k + pair * kv->m_pad * p->d;
-    attn_dense_pack_transposed(p, k, &p->in->k, p->in->k_scale, b, h, 0, p->m, rows);
-    p->kernels->scale(k, kv->m_pad * p->d, (float)(p->base2 ? p->scale * ATTN_LOG2E : p->scale));
-    attn_dense_pack_rows(p, kv->v + pair * p->m * p->dv_pad, &p->in->v, p->in->v_scale, b, h, 0, p->m, p->dv_pad);
+    attn_dense_pack_transposed(p, w->k, &p->in->k, p->in->k_scale, b, h, 0, p->m, w->rows);
+    p->kernels->scale(w->k, w->m_pad * p->d, (float)(p->base2 ? p->scale * ATTN_LOG2E : p->scale));
+    if (w->v != NULL) {
+        attn_dense_pack_rows(p, w->v, &p->in->v, p->in->v_scale, b, h, 0, p->m, p->dv_pad);
+    }
+    w->pair = pair;
 }
 
-/* Queries n ... n+rows of a head. */
-static void attend(const dense_problem *p, const packed *kv, worker *w, int64_t b, int64_t h, int64_t n, int64_t rows, const attn_tensor *o,
-                   const attn_tensor *lse)
+/* Both ends of the visible keys move on from row to row. */
+static void find_keys(const dense_problem *p, part *a)
+{
+    int64_t first_high, last_low;
+    attn_dense_visible(p, a->b, a->n, &a->low, &first_high);
+    attn_dense_visible(p, a->b, a->n + a->rows - 1, &last_low, &a->high);
+    a->low = attn_min_i64(a->low, p->m) / p->kernels->nr * p->kernels->nr;
+    a->same = last_low <= a->low && first_high >= a->high;
+}
+
+static void softmax(const dense_problem *p, worker *w, const part *a, int64_t count)
+{
+    int64_t low, high;
+    for (int64_t r = 0; r < a->rows; r++) {
+        float *s = w->s + r * w->m_pad;
+        if (attn_dense_needs_adjust(p)) {
+            attn_dense_adjust(p, s, a->b, a->h, a->n + r, a->low, count);
+        }
+        if (!a->same) {
+            attn_dense_visible(p, a->b, a->n + r, &low, &high);
+            attn_dense_mask_row(s, a->low, count, low, high);
+        } else {
+            attn_dense_mask_row(s, a->low, count, a->low, a->high);
+        }
+        attn_dense_begin_row(p, a->h, &w->m[r], &w->l[r]);
+    }
+    p->kernels->softmax(a->rows, w->s, w->m_pad, count, w->m, w->l, w->alpha);
+    for (int64_t r = 0; r < a->rows; r++) {
+        p->kernels->scale(w->s + r * w->m_pad, a->high - a->low, w->l[r] > 0 ? 1 / w->l[r] : w->l[r] == 0 ? 0 : NAN);
+    }
+}
+
+static void attend(const dense_problem *p, worker *w, const part *a, const attn_tensor *o, const attn_tensor *lse)
 {
     const attn_tile_kernels *kernels = p->kernels;
-    int64_t pair = b * p->kv_heads + h / p->group, nr = kernels->nr, count = attn_ceil_div(p->m, kernels->vw) * kernels->vw;
-    const float *q = (const float *)(const void *)attn_dense_row(&p->in->q, b, h, n);
-    float *to = (float *)o->data + b * o->stride[0] + h * o->stride[1] + n * o->stride[2];
-    kernels->product(rows, count, p->d, q, p->in->q.stride[2], 1, kv->k + pair * kv->m_pad * p->d, nr, p->d * nr, w->s, kv->m_pad, 0);
-    for (int64_t r = 0; r < rows; r++) {
-        float *s = w->s + r * kv->m_pad;
-        if (attn_dense_needs_adjust(p)) {
-            attn_dense_adjust(p, s, b, h, n + r, 0, count);
-        }
-        for (int64_t j = p->m; j < count; j++) {
-            s[j] = -INFINITY;
-        }
-        attn_dense_begin_row(p, h, &w->m[r], &w->l[r]);
+    int64_t nr = kernels->nr, keys = attn_max_i64(0, a->high - a->low);
+    int64_t count = attn_ceil_div(keys, kernels->vw) * kernels->vw;
+    if (keys > 0) {
+        const float *v = w->v != NULL ? w->v + a->low * p->dv_pad
+                                      : (const float *)(const void *)attn_dense_row(&p->in->v, a->b, a->h / p->group, a->low);
+        kernels->product(a->rows, count, p->d, a->q, a->ldq, 1, w->k + a->low * p->d, nr, p->d * nr, w->s, w->m_pad, 0);
+        softmax(p, w, a, count);
+        kernels->product(a->rows, p->dv, keys, w->s, w->m_pad, 1, v, w->v != NULL ? p->dv_pad : p->in->v.stride[2], nr, a->o, a->ldo, 0);
     }
-    kernels->softmax(rows, w->s, kv->m_pad, count, w->m, w->l, w->alpha);
-    for (int64_t r = 0; r < rows; r++) {
-        kernels->scale(w->s + r * kv->m_pad, p->m, w->l[r] > 0 ? 1 / w->l[r] : w->l[r] == 0 ? 0 : NAN);
-    }
-    kernels->product(rows, p->dv, p->m, w->s, kv->m_pad, 1, kv->v + pair * p->m * p->dv_pad, p->dv_pad, nr, to, o->stride[2], 0);
-    for (int64_t r = 0; r < rows && lse != NULL; r++) {
-        ((float *)lse->data)[b * lse->stride[0] + h * lse->stride[1] + (n + r) * lse->stride[2]] =
-            w->l[r] == 0 ? -INFINITY : (float)(((double)w->m[r] + log2((double)w->l[r])) * ATTN_LN2);
+    for (int64_t r = 0; r < a->rows; r++) {
+        if (keys == 0) {
+            memset(a->o + r * a->ldo, 0, (size_t)p->dv * sizeof *a->o);
+            attn_dense_begin_row(p, a->h, &w->m[r], &w->l[r]);
+        }
+        if (a->o == w->o) {
+            attn_dense_store_row(o, a->b, a->h, a->n + r, a->o + r * a->ldo, p->dv);
+        }
+        if (lse != NULL) {
+            ((float *)lse->data)[a->b * lse->stride[0] + a->h * lse->stride[1] + (a->n + r) * lse->stride[2]] =
+                w->l[r] == 0 ? -INFINITY : (float)(((double)w->m[r] + log2((double)w->l[r])) * ATTN_LN2);
+        }
     }
 }
 
-static attn_status workers_create(const dense_problem *p, const packed *kv, worker **workers, int threads, attn_arena *arena)
+/* Queries n ... end of a head. */
+static void attend_rows(const dense_problem *p, worker *w, int64_t head, int64_t n, int64_t end, const attn_tensor *o, const attn_tensor *lse)
+{
+    const attn_tensor *q = &p->in->q;
+    part a = {.b = head / p->heads, .h = head % p->heads, .n = n};
+    for (; a.n < end; a.n += a.rows) {
+        a.rows = attn_min_i64(ROWS, end - a.n);
+        find_keys(p, &a);
+        if (!a.same) {
+            a.rows = attn_min_i64(EDGE_TILES * p->kernels->mr, a.rows);
+            find_keys(p, &a);
+        }
+        a.q = whole_rows(q) ? (const float *)(const void *)attn_dense_row(q, a.b, a.h, a.n) : w->q;
+        a.ldq = whole_rows(q) ? q->stride[2] : p->d;
+        for (int64_t r = 0; r < a.rows && !whole_rows(q); r++) {
+            attn_dense_load_row(p, w->q + r * p->d, q, a.b, a.h, a.n + r, p->d, 1);
+        }
+        a.o = whole_rows(o) ? (float *)(uintptr_t)attn_dense_row(o, a.b, a.h, a.n) : w->o;
+        a.ldo = whole_rows(o) ? o->stride[2] : p->dv;
+        attend(p, w, &a, o, lse);
+    }
+}
+
+static attn_status workers_create(const dense_problem *p, worker **workers, int threads, attn_arena *arena)
 {
     worker *made = attn_arena_array(arena, (size_t)threads, sizeof *made);
+    int copied = !attn_dense_values_as_they_lie(p);
+    int64_t m_pad = attn_ceil_div(p->m, p->kernels->nr) * p->kernels->nr;
     for (int t = 0; t < threads && made != NULL; t++) {
         worker *w = &made[t];
-        w->s = attn_arena_array(arena, ROWS, (size_t)kv->m_pad * sizeof(float));
+        w->pair = -1;
+        w->m_pad = m_pad;
+        w->k = attn_arena_array(arena, (size_t)m_pad, (size_t)p->d * sizeof(float));
+        w->v = copied ? attn_arena_array(arena, (size_t)p->m, (size_t)p->dv_pad * sizeof(float)) : NULL;
+        w->q = attn_arena_array(arena, ROWS, (size_t)p->d * sizeof(float));
+        w->s = attn_arena_array(arena, ROWS, (size_t)m_pad * sizeof(float));
+        w->o = attn_arena_array(arena, ROWS, (size_t)p->dv * sizeof(float));
         w->m = attn_arena_array(arena, 3 * ROWS, sizeof(float));
         w->rows = attn_arena_array(arena, LOAD_ROWS, (size_t)attn_max_i64(p->d, p->dv) * sizeof(float));
-        if (w->s == NULL || w->m == NULL || w->rows == NULL) {
+        if (w->k == NULL || (copied && w->v == NULL) || w->q == NULL || w->s == NULL || w->o == NULL || w->m == NULL || w->rows == NULL) {
             made = NULL;
             break;
         }
@@ -83,34 +156,23 @@ static attn_status workers_create(const dense_problem *p, const packed *kv, work
         w->alpha = w->l + ROWS;
     }
     *workers = made;
-    return made != NULL ? ATTN_OK : attn_fail_memory((size_t)threads * ROWS * (size_t)kv->m_pad * sizeof(float));
+    return made != NULL ? ATTN_OK
+                        : attn_fail_memory((size_t)threads * (size_t)((m_pad + ROWS) * (p->d + p->dv) + ROWS * m_pad) * sizeof(float));
 }
 
 attn_status attn_dense_short(const dense_problem *p, const attn_tensor *o, const attn_tensor *lse, attn_arena *arena, int threads)
 {
-    packed kv = {.m_pad = attn_ceil_div(p->m, p->kernels->nr) * p->kernels->nr};
     worker *workers;
-    int64_t pairs = p->batch * p->kv_heads, blocks = attn_ceil_div(p->n, TASK_ROWS);
-    kv.k = attn_arena_array(arena, (size_t)(pairs * kv.m_pad), (size_t)p->d * sizeof(float));
-    kv.v = attn_arena_array(arena, (size_t)(pairs * p->m), (size_t)p->dv_pad * sizeof(float));
-    if (kv.k == NULL || kv.v == NULL) {
-        return attn_fail_memory((size_t)(pairs * kv.m_pad * (p->d + p->dv_pad)) * sizeof(float));
-    }
-    ATTN_TRY(workers_create(p, &kv, &workers, threads, arena));
-#pragma omp parallel num_threads(threads)
-    {
+    int64_t heads = p->batch * p->heads, blocks = attn_ceil_div(p->n, TASK_ROWS);
+    ATTN_TRY(workers_create(p, &workers, threads, arena));
+#pragma omp parallel for num_threads(threads) schedule(static)
+    for (int64_t i = 0; i < heads * blocks; i++) {
         worker *w = &workers[omp_get_thread_num()];
-#pragma omp for schedule(static)
-        for (int64_t i = 0; i < pairs; i++) {
-            pack(p, &kv, i, w->rows);
+        int64_t head = i / blocks, first = i % blocks * TASK_ROWS;
+        if (w->pair != head / p->group) {
+            pack(p, w, head / p->group);
         }
-#pragma omp for schedule(static)
-        for (int64_t i = 0; i < p->batch * p->heads * blocks; i++) {
-            int64_t first = i % blocks * TASK_ROWS, end = attn_min_i64(first + TASK_ROWS, p->n), head = i / blocks;
-            for (int64_t n = first; n < end; n += ROWS) {
-                attend(p, &kv, w, head / p->heads, head % p->heads, n, attn_min_i64(ROWS, end - n), o, lse);
-            }
-        }
+        attend_rows(p, w, head, first, attn_min_i64(first + TASK_ROWS, p->n), o, lse);
     }
     return ATTN_OK;
 }
