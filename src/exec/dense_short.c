@@ -110,7 +110,8 @@ static void attend(const dense_problem *p, worker *w, const part *a, const attn_
 }
 
 /* Queries n ... end of a head. */
-static void attend_rows(const dense_problem *p, worker *w, int64_t head, int64_t n, int64_t end, const attn_tensor *o, const attn_tensor *lse)
+static void attend_rows(const dense_problem *p, worker *w, int64_t head, int64_t n, int64_t end, const attn_tensor *o,
+                        const attn_tensor *lse)
 {
     const attn_tensor *q = &p->in->q;
     part a = {.b = head / p->heads, .h = head % p->heads, .n = n};
