@@ -17,6 +17,17 @@ typedef struct wrong {
     const char *words;
 } wrong;
 
+/* Each SPEC must fail with what `add` gives it as inputs. */
+static void all_fail(const wrong *cases, size_t count, void (*add)(opcheck_case *c))
+{
+    for (size_t i = 0; i < count; i++) {
+        opcheck_case c = {.spec = cases[i].spec};
+        add(&c);
+        opcheck_fails(&c, cases[i].status, cases[i].words);
+    }
+}
+#define ALL_FAIL(cases, add) all_fail(cases, sizeof(cases) / sizeof((cases)[0]), add)
+
 static void halo(void **unused)
 {
     (void)unused;
@@ -133,6 +144,24 @@ static void agent_layer(void **unused)
     opcheck_run(&reduced, 2e-2);
 }
 
+static void core_inputs(opcheck_case *c)
+{
+    opcheck_input(c, "q", SHAPE(1, 1, 6, 4000));
+    opcheck_input(c, "k", SHAPE(1, 1, 6, 4000));
+    opcheck_input(c, "v", SHAPE(1, 1, 6, 4));
+}
+
+static void layer_inputs(opcheck_case *c)
+{
+    agent_layer_inputs(c, 16, 4, 4, 4, 4);
+}
+
+static void merge_inputs(opcheck_case *c)
+{
+    opcheck_input(c, "x", SHAPE(1, 16, 3));
+    opcheck_input(c, "y", SHAPE(1, 11, 3));
+}
+
 static void agent_errors(void **unused)
 {
     (void)unused;
@@ -161,13 +190,7 @@ static void agent_errors(void **unused)
         {"agent:grid=[2,3],agent_grid=[4503599627370497,4096]", ATTN_ERR_ARGUMENT, "agent_grid"}, /* an overflow that gives 4096 */
         {"agent:grid=[2,3],agent_grid=[1048576,1048576]", ATTN_ERR_SHAPE, "elements"},
     };
-    for (size_t i = 0; i < sizeof cores / sizeof cores[0]; i++) {
-        opcheck_case c = {.spec = cores[i].spec};
-        opcheck_input(&c, "q", SHAPE(1, 1, 6, 4000));
-        opcheck_input(&c, "k", SHAPE(1, 1, 6, 4000));
-        opcheck_input(&c, "v", SHAPE(1, 1, 6, 4));
-        opcheck_fails(&c, cores[i].status, cores[i].words);
-    }
+    ALL_FAIL(cores, core_inputs);
     static const wrong layers[] = {
         {"agent.layer:heads=4,grid=[4,4],agent_grid=[2,2]", ATTN_ERR_ARGUMENT, "heads = 4 does not divide C = 6"},
         {"agent.layer:heads=2,grid=[4,5],agent_grid=[2,2]", ATTN_ERR_SHAPE, "does not hold the 16 tokens"},
@@ -176,23 +199,14 @@ static void agent_errors(void **unused)
         {"agent.layer:heads=2,grid=[4,4],agent_grid=[2,2],reduction=2", ATTN_ERR_ARGUMENT, "go with reduction above 1"},
         {"agent.layer:heads=2,grid=[4,4],agent_grid=[2,2],reduction=5", ATTN_ERR_ARGUMENT, "exceeds the grid"},
     };
-    for (size_t i = 0; i < sizeof layers / sizeof layers[0]; i++) {
-        opcheck_case c = {.spec = layers[i].spec};
-        agent_layer_inputs(&c, 16, 4, 4, 4, 4);
-        opcheck_fails(&c, layers[i].status, layers[i].words);
-    }
+    ALL_FAIL(layers, layer_inputs);
     static const wrong merges[] = {
         {"agent.merge:grid=[4,5]", ATTN_ERR_SHAPE, "does not hold the 16 tokens"},
         {"agent.merge:grid=[4,4],stride=[5,1]", ATTN_ERR_ARGUMENT, "there is no region"},
         {"agent.merge:grid=[4,4],ratio=1", ATTN_ERR_ARGUMENT, "ratio"},
         {"agent.merge:grid=[4,4],ratio=0.25", ATTN_ERR_SHAPE, "expected the 12 that are left"},
     };
-    for (size_t i = 0; i < sizeof merges / sizeof merges[0]; i++) {
-        opcheck_case c = {.spec = merges[i].spec};
-        opcheck_input(&c, "x", SHAPE(1, 16, 3));
-        opcheck_input(&c, "y", SHAPE(1, 11, 3));
-        opcheck_fails(&c, merges[i].status, merges[i].words);
-    }
+    ALL_FAIL(merges, merge_inputs);
 }
 
 static void davit(void **unused)
@@ -242,6 +256,22 @@ static void davit_block(void **unused)
     opcheck_run(&embed, 1e-2);
 }
 
+static void window_inputs(opcheck_case *c)
+{
+    opcheck_input(c, "q", SHAPE(1, 1, 4, 3));
+    opcheck_input(c, "k", SHAPE(1, 1, 4, 3));
+    opcheck_input(c, "v", SHAPE(1, 1, 4, 3));
+}
+
+static void embed_inputs(opcheck_case *c)
+{
+    opcheck_input(c, "x", SHAPE(1, 4, 3));
+    opcheck_input(c, "w", SHAPE(5, 3, 3, 3));
+    opcheck_input(c, "b", SHAPE(5));
+    opcheck_input(c, "ln_w", SHAPE(3));
+    opcheck_input(c, "ln_b", SHAPE(3));
+}
+
 static void davit_errors(void **unused)
 {
     (void)unused;
@@ -258,28 +288,14 @@ static void davit_errors(void **unused)
         {"davit.window:grid=[2,2],window=[1,2,3]", ATTN_ERR_ARGUMENT, "window"},
         {"davit.window:grid=[2,2],padding=wrap", ATTN_ERR_ARGUMENT, "expected zero|mask"},
     };
-    for (size_t i = 0; i < sizeof windows / sizeof windows[0]; i++) {
-        opcheck_case c = {.spec = windows[i].spec};
-        opcheck_input(&c, "q", SHAPE(1, 1, 4, 3));
-        opcheck_input(&c, "k", SHAPE(1, 1, 4, 3));
-        opcheck_input(&c, "v", SHAPE(1, 1, 4, 3));
-        opcheck_fails(&c, windows[i].status, windows[i].words);
-    }
+    ALL_FAIL(windows, window_inputs);
     static const wrong embeds[] = {
         {"davit.embed:grid=[2,3]", ATTN_ERR_SHAPE, "does not hold the 4 tokens"},
         {"davit.embed:grid=[2,2],stride=1", ATTN_ERR_SHAPE, "w has a kernel of 3, expected 1 ... 2"},
         {"davit.embed:grid=[2,2],pad=1,norm=last", ATTN_ERR_SHAPE, "ln_w has 3 numbers, expected 5"},
         {"davit.embed:grid=[2,2],pad=-1", ATTN_ERR_ARGUMENT, "pad"},
     };
-    for (size_t i = 0; i < sizeof embeds / sizeof embeds[0]; i++) {
-        opcheck_case c = {.spec = embeds[i].spec};
-        opcheck_input(&c, "x", SHAPE(1, 4, 3));
-        opcheck_input(&c, "w", SHAPE(5, 3, 3, 3));
-        opcheck_input(&c, "b", SHAPE(5));
-        opcheck_input(&c, "ln_w", SHAPE(3));
-        opcheck_input(&c, "ln_b", SHAPE(3));
-        opcheck_fails(&c, embeds[i].status, embeds[i].words);
-    }
+    ALL_FAIL(embeds, embed_inputs);
     opcheck_case half = {.spec = "davit.channel_block:heads=2,grid=[2,2]"};
     opcheck_input(&half, "x", SHAPE(1, 4, 6));
     davit_weights(&half, "");

@@ -7,7 +7,6 @@
 
 #define STEP 256      /* keys of a step */
 #define TASK_ROWS 128 /* query rows of a task */
-#define PACK_ROWS 16
 
 /* Keys of one list entry, or of several in a row, within a step. */
 typedef struct segment {
@@ -45,27 +44,9 @@ static void pack_block(const blocks *w, int64_t pair, int64_t column, float *row
 {
     const dense_problem *p = w->p;
     int64_t b = pair / p->kv_heads, h = pair % p->kv_heads, size = w->y->shape.block_k;
-    int64_t first = column * size, count = attn_min_i64(size, p->m - first), width = p->d;
-    const attn_tensor *k = &p->in->k;
+    int64_t first = column * size, count = attn_min_i64(size, p->m - first);
     float *to = w->k + (pair * w->y->columns + column) * w->block_floats;
-    for (int64_t j = 0; j < count; j += w->panel, to += width * w->panel) {
-        int64_t keys = attn_min_i64(w->panel, count - j);
-        if (keys < w->panel) {
-            memset(to, 0, (size_t)(width * w->panel) * sizeof *to);
-        }
-        if (k->stride[3] == 1 && p->in->k_scale == NULL) {
-            p->kernels->pack_transposed(to, w->panel, attn_dense_row(k, b, h, first + j), k->dtype, k->stride[2], keys, width);
-            continue;
-        }
-        for (int64_t r = 0; r < keys; r += PACK_ROWS) {
-            int64_t some = attn_min_i64(PACK_ROWS, keys - r);
-            for (int64_t i = 0; i < some; i++) {
-                int64_t row = first + j + r + i;
-                attn_dense_load_row(p, rows + i * width, k, b, h, row, width, attn_dense_row_scale(p->in->k_scale, b, h, row));
-            }
-            p->kernels->pack_transposed(to + r, w->panel, rows, ATTN_F32, width, some, width);
-        }
-    }
+    attn_dense_pack_transposed(p, to, w->panel, &p->in->k, p->in->k_scale, b, h, first, count, rows);
     if (w->v != NULL) {
         attn_dense_pack_rows(p, w->v + (pair * p->m + first) * p->dv_pad, &p->in->v, p->in->v_scale, b, h, first, count, p->dv_pad);
     }
@@ -115,7 +96,7 @@ static attn_status workers_create(const blocks *w, worker **workers, int threads
         x->s = attn_arena_array(arena, (size_t)p->kernels->mr * STEP, sizeof(float));
         x->o = attn_arena_array(arena, TASK_ROWS, (size_t)p->dv_pad * sizeof(float));
         x->m = attn_arena_array(arena, 3 * TASK_ROWS, sizeof(float));
-        x->rows = attn_arena_array(arena, PACK_ROWS, (size_t)p->d * sizeof(float));
+        x->rows = attn_arena_array(arena, DENSE_PACK_ROWS, (size_t)p->d * sizeof(float));
         x->begin = attn_arena_array(arena, 2 * TASK_ROWS, sizeof(int64_t));
         x->segments = attn_arena_array(arena, 2 * STEP, sizeof(segment));
         if (x->q == NULL || x->s == NULL || x->o == NULL || x->m == NULL || x->rows == NULL || x->begin == NULL ||
@@ -275,7 +256,7 @@ static void run_task(const blocks *w, worker *x, int64_t b, int64_t h, int64_t b
         }
     }
     for (int64_t r = 0; r < rows; r++) {
-        attn_exec_store_row(p, o, lse, b, h, n0 + r, x->o + r * p->dv_pad, x->m[r], x->l[r]);
+        attn_dense_finish_row(p, o, lse, b, h, n0 + r, x->o + r * p->dv_pad, x->m[r], x->l[r]);
     }
 }
 

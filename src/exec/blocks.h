@@ -74,9 +74,6 @@ attn_status attn_exec_backward_begin(exec_backward *to, const dense_problem *pro
                                      const attn_tensor *grad_o, attn_arena *arena, int threads);
 /* The gradient of the sinks, from lse2 and delta. */
 void attn_exec_sink_gradients(const exec_backward *w, const dense_problem *problem, const attn_tensor *to);
-/* Write rows of o and lse from the state of the online softmax; o is scaled in place. */
-void attn_exec_store_row(const dense_problem *problem, const attn_tensor *o, const attn_tensor *lse, int64_t b, int64_t h, int64_t n,
-                         float *row, float m, float l);
 
 /* Ask for `count` rows of `width` floats to be brought near. */
 static inline void attn_exec_prefetch(const float *row, int64_t stride, int64_t count, int64_t width)

@@ -198,28 +198,26 @@ float attn_dense_row_scale(const attn_tensor *scales, int64_t b, int64_t h, int6
                : 1.0f;
 }
 
-#define PACK_ROWS 16 /* converted at a time when rows cannot be packed as they lie */
-
-void attn_dense_pack_transposed(const dense_problem *p, float *to, const attn_tensor *t, const attn_tensor *scales, int64_t b,
-                                int64_t h, int64_t first, int64_t count, float *rows)
+void attn_dense_pack_transposed(const dense_problem *p, float *to, int64_t panel, const attn_tensor *t, const attn_tensor *scales,
+                                int64_t b, int64_t h, int64_t first, int64_t count, float *rows)
 {
-    int64_t nr = p->kernels->nr, width = t->shape[3];
-    for (int64_t j = 0; j < count; j += nr, to += width * nr) {
-        int64_t keys = attn_min_i64(nr, count - j);
-        if (keys < nr) {
-            memset(to, 0, (size_t)(width * nr) * sizeof *to);
+    int64_t width = t->shape[3];
+    for (int64_t j = 0; j < count; j += panel, to += width * panel) {
+        int64_t keys = attn_min_i64(panel, count - j);
+        if (keys < panel) {
+            memset(to, 0, (size_t)(width * panel) * sizeof *to);
         }
         if (t->stride[3] == 1 && scales == NULL) {
-            p->kernels->pack_transposed(to, nr, attn_dense_row(t, b, h, first + j), t->dtype, t->stride[2], keys, width);
+            p->kernels->pack_transposed(to, panel, attn_dense_row(t, b, h, first + j), t->dtype, t->stride[2], keys, width);
             continue;
         }
-        for (int64_t r = 0; r < keys; r += PACK_ROWS) {
-            int64_t some = attn_min_i64(PACK_ROWS, keys - r);
+        for (int64_t r = 0; r < keys; r += DENSE_PACK_ROWS) {
+            int64_t some = attn_min_i64(DENSE_PACK_ROWS, keys - r);
             for (int64_t i = 0; i < some; i++) {
                 int64_t row = first + j + r + i;
                 attn_dense_load_row(p, rows + i * width, t, b, h, row, width, attn_dense_row_scale(scales, b, h, row));
             }
-            p->kernels->pack_transposed(to + r, nr, rows, ATTN_F32, width, some, width);
+            p->kernels->pack_transposed(to + r, panel, rows, ATTN_F32, width, some, width);
         }
     }
 }
@@ -280,6 +278,21 @@ void attn_dense_begin_row(const dense_problem *p, int64_t h, float *m, float *l)
     *l = sink > -INFINITY ? 1.0f : 0.0f;
 }
 
+void attn_dense_store_lse(const attn_tensor *lse, int64_t b, int64_t h, int64_t n, float m, float l)
+{
+    ((float *)lse->data)[b * lse->stride[0] + h * lse->stride[1] + n * lse->stride[2]] = attn_softmax_lse(m, l);
+}
+
+void attn_dense_finish_row(const dense_problem *p, const attn_tensor *o, const attn_tensor *lse, int64_t b, int64_t h, int64_t n,
+                           float *row, float m, float l)
+{
+    p->kernels->scale(row, p->dv, attn_softmax_inverse(l));
+    attn_dense_store_row(o, b, h, n, row, p->dv);
+    if (lse != NULL) {
+        attn_dense_store_lse(lse, b, h, n, m, l);
+    }
+}
+
 /* ---- The tiled forward ---- */
 
 /* Packed keys [B*Hkv][m_pad * D] and values: packed [B*Hkv][M][dv_pad], or as they lie when they are whole rows of f32. */
@@ -322,7 +335,8 @@ static void pack_chunk(const dense_problem *p, const packed *to, int64_t pair, i
     if (first + count <= low || first >= high) {
         return;
     }
-    attn_dense_pack_transposed(p, to->k + (pair * to->m_pad + first) * p->d, &p->in->k, p->in->k_scale, b, h, first, count, rows);
+    attn_dense_pack_transposed(p, to->k + (pair * to->m_pad + first) * p->d, p->kernels->nr, &p->in->k, p->in->k_scale, b, h, first, count,
+                               rows);
     if (to->v != NULL) {
         attn_dense_pack_rows(p, to->v + (pair * p->m + first) * p->dv_pad, &p->in->v, p->in->v_scale, b, h, first, count, p->dv_pad);
     }
@@ -423,12 +437,7 @@ static void store_results(const dense_problem *p, worker *w, int64_t pair, int64
     int64_t b = pair / p->kv_heads, h0 = pair % p->kv_heads * p->group;
     for (int64_t r = 0; r < count; r++) {
         int64_t h = h0 + (first + r) / p->n, n = (first + r) % p->n;
-        p->kernels->scale(w->o + r * p->dv_pad, p->dv_pad, w->l[r] > 0 ? 1 / w->l[r] : w->l[r] == 0 ? 0 : NAN);
-        attn_dense_store_row(o, b, h, n, w->o + r * p->dv_pad, p->dv);
-        if (lse != NULL) {
-            ((float *)lse->data)[b * lse->stride[0] + h * lse->stride[1] + n * lse->stride[2]] =
-                w->l[r] == 0 ? -INFINITY : (float)(((double)w->m[r] + log2((double)w->l[r])) * ATTN_LN2);
-        }
+        attn_dense_finish_row(p, o, lse, b, h, n, w->o + r * p->dv_pad, w->m[r], w->l[r]);
     }
 }
 
@@ -441,7 +450,7 @@ static attn_status workers_create(const dense_problem *p, worker **workers, int 
         w->s = attn_arena_array(arena, DENSE_ROWS * DENSE_BLOCK_K, sizeof(float));
         w->o = attn_arena_array(arena, DENSE_BLOCK_Q, (size_t)p->dv_pad * sizeof(float));
         w->m = attn_arena_array(arena, 3 * DENSE_BLOCK_Q, sizeof(float));
-        w->rows = attn_arena_array(arena, PACK_ROWS, (size_t)attn_max_i64(p->d, p->dv) * sizeof(float));
+        w->rows = attn_arena_array(arena, DENSE_PACK_ROWS, (size_t)attn_max_i64(p->d, p->dv) * sizeof(float));
         w->begin = attn_arena_array(arena, 2 * DENSE_BLOCK_Q, sizeof(int64_t));
         if (w->q == NULL || w->s == NULL || w->o == NULL || w->m == NULL || w->rows == NULL || w->begin == NULL) {
             made = NULL;
@@ -530,7 +539,7 @@ attn_status attn_dense_forward_top(const attn_dense_settings *settings, const at
     ATTN_TRY(attn_scratch_begin(&scratch, exec));
     int threads = attn_exec_threads(exec);
     attn_status status = attn_dense_is_decode(&p)  ? attn_dense_decode(&p, o, lse, scratch.arena, threads)
-                         : attn_dense_is_short(&p)  ? attn_dense_short(&p, o, lse, scratch.arena, threads)
+                         : attn_dense_is_short(&p) ? attn_dense_short(&p, o, lse, scratch.arena, threads)
                                                    : tiled(&p, o, lse, scratch.arena, threads);
     attn_scratch_end(&scratch);
     return status;

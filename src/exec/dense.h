@@ -3,12 +3,9 @@
 #define ATTN_EXEC_DENSE_H
 
 #include "core/internal.h"
+#include "exec/softmax.h"
 #include "kernel/tile.h"
 #include <attn/dense.h>
-#include <math.h>
-
-#define ATTN_LOG2E 1.44269504088896340736
-#define ATTN_LN2 0.69314718055994530942
 
 /* Keys of a step of the online softmax. A multiple of every kernel's panel width. */
 #define DENSE_BLOCK_K 512
@@ -53,20 +50,24 @@ void attn_dense_store_row(const attn_tensor *t, int64_t b, int64_t h, int64_t ro
 /* The scale of an int8 key or value; 1 for other types. */
 float attn_dense_row_scale(const attn_tensor *scales, int64_t b, int64_t h, int64_t row);
 
-/* Rows [first, first+count) of a [B,Hkv,M,C] view, transposed in panels of nr keys: element (key j, channel c) at
- * (j / nr) * C * nr + c * nr + j % nr; columns of keys beyond `count` are zero up to a whole panel. row: scratch of C floats. */
-void attn_dense_pack_transposed(const dense_problem *problem, float *to, const attn_tensor *t, const attn_tensor *scales,
+/* Rows [first, first+count) of a [B,Hkv,M,C] view, transposed in panels of `panel` keys: element (key j, channel c) at
+ * (j / panel) * C * panel + c * panel + j % panel; columns of keys beyond `count` are zero up to a whole panel. rows: scratch of
+ * DENSE_PACK_ROWS * C floats. */
+void attn_dense_pack_transposed(const dense_problem *problem, float *to, int64_t panel, const attn_tensor *t, const attn_tensor *scales,
                                 int64_t b, int64_t h, int64_t first, int64_t count, float *rows);
+/* Rows that attn_dense_pack_transposed() converts at a time when it cannot pack them as they lie. */
+#define DENSE_PACK_ROWS 16
 /* The same rows as f32 [count][width_pad], zero-padded. */
 void attn_dense_pack_rows(const dense_problem *problem, float *to, const attn_tensor *t, const attn_tensor *scales, int64_t b,
                           int64_t h, int64_t first, int64_t count, int64_t pad);
+
+/* Whether values are whole rows of f32 of whole vectors, so that products can read them without a copy. */
+int attn_dense_values_as_they_lie(const dense_problem *problem);
 
 /* What lies between the product q.k and the softmax for one row: soft cap, slope, bias; from then on in base 2. s[i] belongs to key
  * first + i. The second function is the part after the soft cap. */
 void attn_dense_adjust(const dense_problem *problem, float *s, int64_t b, int64_t h, int64_t n, int64_t first, int64_t count);
 void attn_dense_shift(const dense_problem *problem, float *s, int64_t b, int64_t h, int64_t n, int64_t first, int64_t count);
-/* Whether values are whole rows of f32 of whole vectors, so that products can read them without a copy. */
-int attn_dense_values_as_they_lie(const dense_problem *problem);
 int attn_dense_needs_adjust(const dense_problem *problem);
 /* -inf outside [begin, end) */
 static inline void attn_dense_mask_row(float *s, int64_t first, int64_t count, int64_t begin, int64_t end)
@@ -82,6 +83,11 @@ static inline void attn_dense_mask_row(float *s, int64_t first, int64_t count, i
 
 /* The state of a row before any key: the sink's logit, when there is one. */
 void attn_dense_begin_row(const dense_problem *problem, int64_t h, float *m, float *l);
+
+/* Normalise a finished row [Dv] with its maximum and sum, write it, and its log-sum-exp unless lse is NULL. */
+void attn_dense_finish_row(const dense_problem *problem, const attn_tensor *o, const attn_tensor *lse, int64_t b, int64_t h, int64_t n,
+                           float *row, float m, float l);
+void attn_dense_store_lse(const attn_tensor *lse, int64_t b, int64_t h, int64_t n, float m, float l);
 
 /* dense_decode.c: few query rows, many keys. */
 int attn_dense_is_decode(const dense_problem *problem);

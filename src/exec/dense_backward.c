@@ -160,8 +160,8 @@ static void key_block(const backward *w, worker *x, int64_t pair, int64_t share,
 {
     const dense_problem *p = w->p;
     int64_t b = pair / p->kv_heads, kv = pair % p->kv_heads, keys = attn_min_i64(BLOCK_K, p->m - key);
-    attn_dense_pack_transposed(p, x->kt, &p->in->k, NULL, b, kv, key, keys, x->rows);
-    attn_dense_pack_transposed(p, x->vt, &p->in->v, NULL, b, kv, key, keys, x->rows);
+    attn_dense_pack_transposed(p, x->kt, p->kernels->nr, &p->in->k, NULL, b, kv, key, keys, x->rows);
+    attn_dense_pack_transposed(p, x->vt, p->kernels->nr, &p->in->v, NULL, b, kv, key, keys, x->rows);
     load_rows(p, x->k, &p->in->k, b, kv, key, keys, w->d_pad, (float)p->scale);
     memset(x->grad_k, 0, (size_t)(keys * w->d_pad) * sizeof(float));
     memset(x->grad_v, 0, (size_t)(keys * p->dv_pad) * sizeof(float));

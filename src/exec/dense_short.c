@@ -6,10 +6,7 @@
 #include <string.h>
 
 #define MOST_KEYS 128
-#define TASK_ROWS 192
-#define ROWS 48      /* query rows that go through the keys together: a multiple of the kernels' tile heights */
-#define EDGE_TILES 2 /* and tiles of rows that do so where their keys differ */
-#define LOAD_ROWS 16 /* what attn_dense_pack_transposed() needs room for */
+#define EDGE_TILES 2 /* tiles of rows that go through the keys together where these differ */
 
 int attn_dense_is_short(const dense_problem *p)
 {
@@ -20,7 +17,8 @@ typedef struct worker {
     int64_t pair; /* whose keys and values are packed: of a batch item and a key/value head */
     int64_t m_pad;
     float *k, *v; /* keys in panels [m_pad * D], times the factor of the scores; values [M][dv_pad], or NULL: used as they lie */
-    float *q, *s, *o, *m, *l, *alpha, *rows; /* [ROWS][D], [ROWS][m_pad], [ROWS][Dv], [ROWS] each, [LOAD_ROWS][max(D, Dv)] */
+    float *q, *s, *o, *m, *l, *alpha; /* DENSE_ROWS of D, m_pad, Dv, 1, 1 and 1 */
+    float *rows;                      /* DENSE_PACK_ROWS of D */
 } worker;
 
 /* Some rows of a head and where they are read from and written to. */
@@ -42,7 +40,7 @@ static int whole_rows(const attn_tensor *t)
 static void pack(const dense_problem *p, worker *w, int64_t pair)
 {
     int64_t b = pair / p->kv_heads, h = pair % p->kv_heads;
-    attn_dense_pack_transposed(p, w->k, &p->in->k, p->in->k_scale, b, h, 0, p->m, w->rows);
+    attn_dense_pack_transposed(p, w->k, p->kernels->nr, &p->in->k, p->in->k_scale, b, h, 0, p->m, w->rows);
     p->kernels->scale(w->k, w->m_pad * p->d, (float)(p->base2 ? p->scale * ATTN_LOG2E : p->scale));
     if (w->v != NULL) {
         attn_dense_pack_rows(p, w->v, &p->in->v, p->in->v_scale, b, h, 0, p->m, p->dv_pad);
@@ -62,7 +60,7 @@ static void find_keys(const dense_problem *p, part *a)
 
 static void softmax(const dense_problem *p, worker *w, const part *a, int64_t count)
 {
-    int64_t low, high;
+    int64_t low = a->low, high = a->high;
     for (int64_t r = 0; r < a->rows; r++) {
         float *s = w->s + r * w->m_pad;
         if (attn_dense_needs_adjust(p)) {
@@ -70,15 +68,13 @@ static void softmax(const dense_problem *p, worker *w, const part *a, int64_t co
         }
         if (!a->same) {
             attn_dense_visible(p, a->b, a->n + r, &low, &high);
-            attn_dense_mask_row(s, a->low, count, low, high);
-        } else {
-            attn_dense_mask_row(s, a->low, count, a->low, a->high);
         }
+        attn_dense_mask_row(s, a->low, count, low, high);
         attn_dense_begin_row(p, a->h, &w->m[r], &w->l[r]);
     }
     p->kernels->softmax(a->rows, w->s, w->m_pad, count, w->m, w->l, w->alpha);
     for (int64_t r = 0; r < a->rows; r++) {
-        p->kernels->scale(w->s + r * w->m_pad, a->high - a->low, w->l[r] > 0 ? 1 / w->l[r] : w->l[r] == 0 ? 0 : NAN);
+        p->kernels->scale(w->s + r * w->m_pad, a->high - a->low, attn_softmax_inverse(w->l[r]));
     }
 }
 
@@ -103,8 +99,7 @@ static void attend(const dense_problem *p, worker *w, const part *a, const attn_
             attn_dense_store_row(o, a->b, a->h, a->n + r, a->o + r * a->ldo, p->dv);
         }
         if (lse != NULL) {
-            ((float *)lse->data)[a->b * lse->stride[0] + a->h * lse->stride[1] + (a->n + r) * lse->stride[2]] =
-                w->l[r] == 0 ? -INFINITY : (float)(((double)w->m[r] + log2((double)w->l[r])) * ATTN_LN2);
+            attn_dense_store_lse(lse, a->b, a->h, a->n + r, w->m[r], w->l[r]);
         }
     }
 }
@@ -116,7 +111,7 @@ static void attend_rows(const dense_problem *p, worker *w, int64_t head, int64_t
     const attn_tensor *q = &p->in->q;
     part a = {.b = head / p->heads, .h = head % p->heads, .n = n};
     for (; a.n < end; a.n += a.rows) {
-        a.rows = attn_min_i64(ROWS, end - a.n);
+        a.rows = attn_min_i64(DENSE_ROWS, end - a.n);
         find_keys(p, &a);
         if (!a.same) {
             a.rows = attn_min_i64(EDGE_TILES * p->kernels->mr, a.rows);
@@ -144,36 +139,36 @@ static attn_status workers_create(const dense_problem *p, worker **workers, int 
         w->m_pad = m_pad;
         w->k = attn_arena_array(arena, (size_t)m_pad, (size_t)p->d * sizeof(float));
         w->v = copied ? attn_arena_array(arena, (size_t)p->m, (size_t)p->dv_pad * sizeof(float)) : NULL;
-        w->q = attn_arena_array(arena, ROWS, (size_t)p->d * sizeof(float));
-        w->s = attn_arena_array(arena, ROWS, (size_t)m_pad * sizeof(float));
-        w->o = attn_arena_array(arena, ROWS, (size_t)p->dv * sizeof(float));
-        w->m = attn_arena_array(arena, 3 * ROWS, sizeof(float));
-        w->rows = attn_arena_array(arena, LOAD_ROWS, (size_t)attn_max_i64(p->d, p->dv) * sizeof(float));
+        w->q = attn_arena_array(arena, DENSE_ROWS, (size_t)p->d * sizeof(float));
+        w->s = attn_arena_array(arena, DENSE_ROWS, (size_t)m_pad * sizeof(float));
+        w->o = attn_arena_array(arena, DENSE_ROWS, (size_t)p->dv * sizeof(float));
+        w->m = attn_arena_array(arena, 3 * DENSE_ROWS, sizeof(float));
+        w->rows = attn_arena_array(arena, DENSE_PACK_ROWS, (size_t)p->d * sizeof(float));
         if (w->k == NULL || (copied && w->v == NULL) || w->q == NULL || w->s == NULL || w->o == NULL || w->m == NULL || w->rows == NULL) {
             made = NULL;
             break;
         }
-        w->l = w->m + ROWS;
-        w->alpha = w->l + ROWS;
+        w->l = w->m + DENSE_ROWS;
+        w->alpha = w->l + DENSE_ROWS;
     }
     *workers = made;
-    return made != NULL ? ATTN_OK
-                        : attn_fail_memory((size_t)threads * (size_t)((m_pad + ROWS) * (p->d + p->dv) + ROWS * m_pad) * sizeof(float));
+    int64_t floats = (m_pad + DENSE_ROWS) * (p->d + p->dv) + DENSE_ROWS * m_pad;
+    return made != NULL ? ATTN_OK : attn_fail_memory((size_t)threads * (size_t)floats * sizeof(float));
 }
 
 attn_status attn_dense_short(const dense_problem *p, const attn_tensor *o, const attn_tensor *lse, attn_arena *arena, int threads)
 {
     worker *workers;
-    int64_t heads = p->batch * p->heads, blocks = attn_ceil_div(p->n, TASK_ROWS);
+    int64_t heads = p->batch * p->heads, blocks = attn_ceil_div(p->n, DENSE_BLOCK_Q);
     ATTN_TRY(workers_create(p, &workers, threads, arena));
 #pragma omp parallel for num_threads(threads) schedule(static)
     for (int64_t i = 0; i < heads * blocks; i++) {
         worker *w = &workers[omp_get_thread_num()];
-        int64_t head = i / blocks, first = i % blocks * TASK_ROWS;
+        int64_t head = i / blocks, first = i % blocks * DENSE_BLOCK_Q;
         if (w->pair != head / p->group) {
             pack(p, w, head / p->group);
         }
-        attend_rows(p, w, head, first, attn_min_i64(first + TASK_ROWS, p->n), o, lse);
+        attend_rows(p, w, head, first, attn_min_i64(first + DENSE_BLOCK_Q, p->n), o, lse);
     }
     return ATTN_OK;
 }

@@ -219,7 +219,7 @@ static attn_status run_parts(const gather *w, worker *workers, const attn_tensor
                 float m, l;
                 int64_t h = g.h0 + r / g.count;
                 merge_row(w, states + task * w->parts * step, step, r, h, x->o, &m, &l);
-                attn_exec_store_row(p, o, lse, g.b, h, g.n0 + r % g.count, x->o, m, l);
+                attn_dense_finish_row(p, o, lse, g.b, h, g.n0 + r % g.count, x->o, m, l);
             }
         }
     }
@@ -249,7 +249,7 @@ static attn_status run(gather *w, const attn_tensor *o, const attn_tensor *lse, 
         }
         attend(w, x, &g, g.first, g.last);
         for (int64_t r = 0; r < g.rows; r++) {
-            attn_exec_store_row(p, o, lse, g.b, g.h0 + r / g.count, g.n0 + r % g.count, x->o + r * p->dv_pad, x->m[r], x->l[r]);
+            attn_dense_finish_row(p, o, lse, g.b, g.h0 + r / g.count, g.n0 + r % g.count, x->o + r * p->dv_pad, x->m[r], x->l[r]);
         }
     }
     return ATTN_OK;

@@ -147,11 +147,11 @@ static void finish(const forward *f, worker *x, int64_t head, int64_t rows)
         float *o = x->o + r * w->dv_pad, l = x->l[r];
         int64_t at = head * w->n + x->rows[r].token;
         if (f->kind == FUSED) {
-            w->kernels->scale(o, w->g->dv, l > 0 ? 1 / l : l == 0 ? 0 : NAN);
+            w->kernels->scale(o, w->g->dv, attn_softmax_inverse(l));
         }
         memcpy(f->o + at * w->g->dv, o, (size_t)w->g->dv * sizeof *o);
         if (f->lse != NULL) {
-            f->lse[at] = l == 0 ? -INFINITY : (float)(((double)x->m[r] + log2((double)l)) * ATTN_LN2);
+            f->lse[at] = attn_softmax_lse(x->m[r], l);
         }
     }
 }

@@ -98,17 +98,6 @@ void attn_layout_mask(const attn_plan_layout *y, int64_t list, int32_t mask, flo
     }
 }
 
-void attn_exec_store_row(const dense_problem *p, const attn_tensor *o, const attn_tensor *lse, int64_t b, int64_t h, int64_t n,
-                         float *row, float m, float l)
-{
-    p->kernels->scale(row, p->dv, l > 0 ? 1 / l : l == 0 ? 0 : NAN);
-    attn_dense_store_row(o, b, h, n, row, p->dv);
-    if (lse != NULL) {
-        ((float *)lse->data)[b * lse->stride[0] + h * lse->stride[1] + n * lse->stride[2]] =
-            l == 0 ? -INFINITY : (float)(((double)m + log2((double)l)) * ATTN_LN2);
-    }
-}
-
 /* f32 rows of a whole number of vectors: as they lie, or copied. */
 static attn_status rows_of(exec_rows *to, const dense_problem *p, const attn_tensor *t, int64_t pad, attn_arena *arena, int threads)
 {

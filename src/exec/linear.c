@@ -168,10 +168,11 @@ void attn_linear_features(attn_linear_work *w, int with_q, int with_k)
 
 void attn_linear_decay_state(attn_linear_work *w)
 {
-    for (int64_t f = 0; f < w->width && w->x->decays != NULL; f++) {
-        w->tile->scale(w->state + f * w->vp, w->vp, w->totals[f]);
-    }
-    if (w->x->decays == NULL && w->total != 1) {
+    if (w->x->decays != NULL) {
+        for (int64_t f = 0; f < w->width; f++) {
+            w->tile->scale(w->state + f * w->vp, w->vp, w->totals[f]);
+        }
+    } else if (w->total != 1) {
         w->tile->scale(w->state, w->width * w->vp, w->total);
     }
 }

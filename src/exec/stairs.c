@@ -1,5 +1,6 @@
 /* Attention of lists of query rows with an end each. Tasks are blocks of rows (forward) or key/value heads (backward). */
 #include "exec/stairs.h"
+#include "exec/softmax.h"
 
 #include "kernel/tile.h"
 
@@ -12,8 +13,6 @@
 #define ROWS 48    /* rows that share a step's keys while a panel of them is in L1, where all see them all */
 #define BACK_K 128
 #define STRIP 32 /* rows that share one slice of the relative tables, backward */
-#define LOG2E 1.44269504088896340736
-#define LN2 0.69314718055994530942
 
 typedef struct problem {
     const attn_stairs *stairs;
@@ -59,7 +58,7 @@ static attn_status problem_create(problem *p, const attn_stairs *s, attn_arena *
     const attn_tile_kernels *kernels = attn_tile_kernels_get();
     *p = (problem){.stairs = s, .kernels = kernels, .d = s->d, .dv = s->dv, .d_pad = up(s->d, kernels->vw),
                    .dv_pad = up(s->dv, kernels->vw), .keys = s->keys, .keys_pad = up(s->keys, kernels->nr),
-                   .factor = (float)(s->scale * LOG2E)};
+                   .factor = (float)(s->scale * ATTN_LOG2E)};
     for (int64_t h = 0; h < s->head_count; h++) {
         p->relative |= s->heads[h].rel_emb != NULL || s->heads[h].rel_bias != NULL;
         /* A slice may reach a panel past the keys. */
@@ -203,10 +202,10 @@ static void forward_block(const problem *p, worker *w, int64_t h, int64_t first)
     }
     for (int64_t r = 0; r < rows; r++) {
         float *o = w->o + r * p->dv_pad;
-        p->kernels->scale(o, p->dv_pad, w->l[r] > 0 ? 1 / w->l[r] : w->l[r] == 0 ? 0 : NAN);
+        p->kernels->scale(o, p->dv_pad, attn_softmax_inverse(w->l[r]));
         memcpy(head->o + (first + r) * p->dv, o, (size_t)p->dv * sizeof *o);
         if (head->lse != NULL) {
-            head->lse[first + r] = w->l[r] == 0 ? -INFINITY : (float)(((double)w->m[r] + log2((double)w->l[r])) * LN2);
+            head->lse[first + r] = attn_softmax_lse(w->m[r], w->l[r]);
         }
     }
 }
@@ -392,7 +391,7 @@ static void back_group(const backward_state *b, back_worker *w, int64_t h0, int6
         for (int64_t j = 0; j < keys; j++) {
             /* q was scaled for scores in base 2. */
             for (int64_t c = 0; c < p->d && b->grad_k != NULL; c++) {
-                b->grad_k[(at + j) * p->d + c] = (float)LN2 * w->grad_k[j * p->d_pad + c];
+                b->grad_k[(at + j) * p->d + c] = (float)ATTN_LN2 * w->grad_k[j * p->d_pad + c];
             }
             for (int64_t c = 0; c < p->dv && b->grad_v != NULL; c++) {
                 b->grad_v[(at + j) * p->dv + c] = w->grad_v[j * p->dv_pad + c];
@@ -402,7 +401,7 @@ static void back_group(const backward_state *b, back_worker *w, int64_t h0, int6
     for (int64_t h = h0; h < h1; h++) {
         float *emb = b->gradients[h].rel_emb;
         if (emb != NULL) {
-            p->kernels->scale(emb, p->stairs->heads[h].rel_count * p->d, (float)LN2);
+            p->kernels->scale(emb, p->stairs->heads[h].rel_count * p->d, (float)ATTN_LN2);
         }
     }
 }
@@ -417,7 +416,7 @@ static void back_rows(const problem *p, const attn_stairs_head *head, const attn
             sum += (double)grad[c] * (double)o[c];
         }
         delta[r] = (float)sum;
-        lse2[r] = head->lse[r] == -INFINITY ? INFINITY : (float)((double)head->lse[r] * LOG2E);
+        lse2[r] = head->lse[r] == -INFINITY ? INFINITY : (float)((double)head->lse[r] * ATTN_LOG2E);
         float *to = g->q != NULL ? g->q + r * p->d : NULL;
         if (to != NULL) {
             memset(to, 0, (size_t)p->d * sizeof *to);

@@ -2,6 +2,7 @@
  * Big windows go through the online softmax a few window rows at a time. Backward works on stripes of blocks, each with its own sum of
  * key and value gradients; how the image is cut into stripes does not depend on the threads. */
 #include "exec/windows.h"
+#include "exec/softmax.h"
 
 #include "kernel/tile.h"
 
@@ -9,8 +10,6 @@
 #include <omp.h>
 #include <string.h>
 
-#define LOG2E 1.44269504088896340736
-#define LN2 0.69314718055994530942
 #define STEP_KEYS 512  /* keys of a step of the online softmax: whole window rows, at least one */
 #define ROWS 48        /* query rows that go through a step together */
 #define MOST_STRIPES 8 /* of the image in backward */
@@ -45,7 +44,7 @@ static attn_status make_tables(problem *p, attn_arena *arena)
 {
     const attn_windows *w = p->w;
     const float *tables[2] = {w->rel_h, w->rel_w};
-    float factor = (float)(LOG2E * (w->scale_relative ? w->scale : 1));
+    float factor = (float)(ATTN_LOG2E * (w->scale_relative ? w->scale : 1));
     for (int axis = 0; axis < 2 && w->rel_h != NULL; axis++) {
         int64_t count = p->rel_count[axis];
         float *rows = attn_arena_array(arena, (size_t)count, (size_t)p->d_pad * sizeof *rows);
@@ -67,7 +66,7 @@ static attn_status make_problem(problem *p, const attn_windows *w, attn_arena *a
 {
     const attn_tile_kernels *kernels = attn_tile_kernels_get();
     *p = (problem){.w = w, .kernels = kernels, .group = w->heads / w->kv_heads, .d_pad = up(w->d, kernels->vw),
-                   .dv_pad = up(w->dv, kernels->vw), .per_block = 1, .keys = 1, .factor = (float)(w->scale * LOG2E)};
+                   .dv_pad = up(w->dv, kernels->vw), .per_block = 1, .keys = 1, .factor = (float)(w->scale * ATTN_LOG2E)};
     for (int axis = 0; axis < 2; axis++) {
         p->blocks[axis] = attn_ceil_div(w->grid[axis], w->block[axis]);
         p->window[axis] = attn_windows_extent(w, axis);
@@ -254,8 +253,7 @@ static void attend(const problem *p, worker *t, int64_t b, int64_t kv, int64_t b
             kernels->scale(t->o + r * p->dv_pad, p->w->dv, 1 / t->l[r]);
             memcpy(row_of(&p->w->o, b, head, q.token), t->o + r * p->dv_pad, (size_t)p->w->dv * sizeof(float));
             if (p->w->lse != NULL) {
-                p->w->lse[(b * p->w->heads + head) * p->out[0] * p->out[1] + q.token] =
-                    (float)(((double)t->m[r] + log2((double)t->l[r])) * LN2);
+                p->w->lse[(b * p->w->heads + head) * p->out[0] * p->out[1] + q.token] = attn_softmax_lse(t->m[r], t->l[r]);
             }
         }
     }
@@ -336,7 +334,7 @@ static void load_gradients(const problem *p, worker *t, const attn_windows_gradi
         memcpy(t->grad_o + r * p->dv_pad, from, (size_t)dv * sizeof(float));
         memset(t->grad_o + r * p->dv_pad + dv, 0, (size_t)(p->dv_pad - dv) * sizeof(float));
         t->alpha[r] = p->kernels->dot(from, o, dv);
-        t->m[r] = (float)((double)p->w->lse[(b * p->w->heads + head) * p->out[0] * p->out[1] + q.token] * LOG2E);
+        t->m[r] = (float)((double)p->w->lse[(b * p->w->heads + head) * p->out[0] * p->out[1] + q.token] * ATTN_LOG2E);
     }
 }
 
@@ -414,7 +412,7 @@ static void back_block(const problem *p, worker *t, const attn_windows_gradients
                 kernels->product(keys, p->dv_pad, rows, t->s, 1, p->step_keys, t->grad_o, p->dv_pad, nr, t->dv, p->dv_pad, 0);
                 scatter(p, to, to->dv, to->pad_v, t->dv, &at, first, end, p->dv_pad);
             }
-            /* t->rows holds the keys times factor (scale in base 2); LN2 undoes the base at the end. */
+            /* t->rows holds the keys times factor (scale in base 2); ATTN_LN2 undoes the base at the end. */
             kernels->product(rows, p->d_pad, keys, t->ds, p->step_keys, 1, t->rows, p->d_pad, nr, t->dq, p->d_pad, 1);
             if (to->dk != NULL || to->pad_k != NULL) {
                 kernels->product(keys, p->d_pad, rows, t->ds, 1, p->step_keys, t->q, p->d_pad, nr, t->dk, p->d_pad, 0);
@@ -433,7 +431,7 @@ static void back_block(const problem *p, worker *t, const attn_windows_gradients
         }
         for (int64_t r = 0; r < rows && grad->q.data != NULL; r++) {
             query q = query_at(p, block, count, row + r);
-            kernels->load_row(row_of(&grad->q, b, kv * p->group + q.head, q.token), t->dq + r * p->d_pad, ATTN_F32, d, (float)LN2);
+            kernels->load_row(row_of(&grad->q, b, kv * p->group + q.head, q.token), t->dq + r * p->d_pad, ATTN_F32, d, (float)ATTN_LN2);
         }
     }
 }
