@@ -7,6 +7,7 @@
 
 #define STEP 256      /* keys of a step */
 #define TASK_ROWS 128 /* query rows of a task */
+#define FREE_ROWS 48  /* rows of one pass where nothing is masked: a block serves several tiles while it is in L1 */
 
 /* Keys of one list entry, or of several in a row, within a step. */
 typedef struct segment {
@@ -93,7 +94,7 @@ static attn_status workers_create(const blocks *w, worker **workers, int threads
     for (int t = 0; t < threads && made != NULL; t++) {
         worker *x = &made[t];
         x->q = attn_arena_array(arena, TASK_ROWS, (size_t)p->d * sizeof(float));
-        x->s = attn_arena_array(arena, (size_t)p->kernels->mr * STEP, sizeof(float));
+        x->s = attn_arena_array(arena, (size_t)attn_max_i64(FREE_ROWS, p->kernels->mr) * STEP, sizeof(float));
         x->o = attn_arena_array(arena, TASK_ROWS, (size_t)p->dv_pad * sizeof(float));
         x->m = attn_arena_array(arena, 3 * TASK_ROWS, sizeof(float));
         x->rows = attn_arena_array(arena, DENSE_PACK_ROWS, (size_t)p->d * sizeof(float));
@@ -129,17 +130,41 @@ static int visible_part(const worker *x, const segment *g, int64_t r, int64_t ro
     return inner_low > g->first || inner_high < g->first + *keys;
 }
 
-/* A few rows (one tile height) against the segments of a step. */
-static void attend(const blocks *w, worker *x, int64_t b, int64_t h, int64_t list, int64_t n0, int64_t r, int64_t rows, int64_t segments)
+/* Scores of one segment that are not plain products: bias, soft caps and the like, keys past its end, and what the masks hide. */
+static void adjust_scores(const blocks *w, const worker *x, const segment *g, float *s, int64_t b, int64_t h, int64_t list, int64_t n0,
+                          int64_t r, int64_t rows, int64_t keys, int64_t count, int cut)
 {
     const dense_problem *p = w->p;
     const attn_plan_layout *y = w->y;
+    for (int64_t i = r; i < r + rows; i++, s += STEP) {
+        int64_t n = n0 + i;
+        if (attn_dense_needs_adjust(p)) {
+            attn_dense_adjust(p, s, b, h, n, g->first, keys);
+        }
+        for (int64_t j = keys; j < count; j++) {
+            s[j] = -INFINITY;
+        }
+        if (cut) {
+            attn_dense_mask_row(s, g->first, keys, x->begin[i], x->end[i]);
+        }
+        if (g->mask != ATTN_PLAN_FULL) {
+            attn_layout_mask(y, list, g->mask, s, n + (p->m - p->n), n % y->shape.block_q, g->first, g->inside, keys);
+        }
+    }
+}
+
+/* A few rows against the segments of a step; free: they see all keys of it. */
+static void attend(const blocks *w, worker *x, int64_t b, int64_t h, int64_t list, int64_t n0, int64_t r, int64_t rows, int64_t segments,
+                   int free)
+{
+    const dense_problem *p = w->p;
     const attn_tile_kernels *kernels = p->kernels;
     int64_t at = 0, vw = kernels->vw, columns[STEP], lengths[STEP];
+    int adjusted = attn_dense_needs_adjust(p);
     for (int64_t i = 0; i < segments; i++) {
         const segment *g = &x->segments[i];
-        int64_t keys;
-        int cut = visible_part(x, g, r, rows, &keys);
+        int64_t keys = g->keys;
+        int cut = free ? 0 : visible_part(x, g, r, rows, &keys);
         lengths[i] = attn_max_i64(keys, 0);
         columns[i] = at;
         if (keys <= 0) {
@@ -147,21 +172,8 @@ static void attend(const blocks *w, worker *x, int64_t b, int64_t h, int64_t lis
         }
         int64_t count = attn_ceil_div(keys, vw) * vw;
         kernels->product(rows, count, p->d, x->q + r * p->d, p->d, 1, g->k, w->panel, w->panel * p->d, x->s + at, STEP, 0);
-        for (int64_t a = 0; a < rows; a++) {
-            float *s = x->s + a * STEP + at;
-            int64_t n = n0 + r + a;
-            if (attn_dense_needs_adjust(p)) {
-                attn_dense_adjust(p, s, b, h, n, g->first, keys);
-            }
-            for (int64_t j = keys; j < count; j++) {
-                s[j] = -INFINITY;
-            }
-            if (cut) {
-                attn_dense_mask_row(s, g->first, keys, x->begin[r + a], x->end[r + a]);
-            }
-            if (g->mask != ATTN_PLAN_FULL) {
-                attn_layout_mask(y, list, g->mask, s, n + (p->m - p->n), n % y->shape.block_q, g->first, g->inside, keys);
-            }
+        if (adjusted || cut || count > keys || g->mask != ATTN_PLAN_FULL) {
+            adjust_scores(w, x, g, x->s + at, b, h, list, n0, r, rows, keys, count, cut);
         }
         at += count;
     }
@@ -228,6 +240,23 @@ static void prefetch_share(const blocks *w, const worker *x, int64_t pair, int64
     }
 }
 
+/* Whether every row of a task sees all keys of a step. */
+static int all_seen(const worker *x, int64_t rows, int64_t segments)
+{
+    int64_t begin = 0, end = INT64_MAX;
+    for (int64_t r = 0; r < rows; r++) {
+        begin = attn_max_i64(begin, x->begin[r]);
+        end = attn_min_i64(end, x->end[r]);
+    }
+    for (int64_t i = 0; i < segments; i++) {
+        const segment *g = &x->segments[i];
+        if (g->mask != ATTN_PLAN_FULL || begin > g->first || end < g->first + g->keys) {
+            return 0;
+        }
+    }
+    return 1;
+}
+
 static void run_task(const blocks *w, worker *x, int64_t b, int64_t h, int64_t block, int64_t part, const attn_tensor *o,
                      const attn_tensor *lse)
 {
@@ -250,9 +279,11 @@ static void run_task(const blocks *w, worker *x, int64_t b, int64_t h, int64_t b
         x->segments = x->next;
         x->next = swap;
         coming = next_step(w, x, pair, y->start[row + 1], &e, &inside);
-        for (int64_t r = 0; r < rows; r += mr) {
-            prefetch_share(w, x, pair, coming, r / mr, attn_ceil_div(rows, mr));
-            attend(w, x, b, h, list, n0, r, attn_min_i64(mr, rows - r), segments);
+        int free = all_seen(x, rows, segments);
+        int64_t height = free ? attn_max_i64(FREE_ROWS, mr) : mr;
+        for (int64_t r = 0; r < rows; r += height) {
+            prefetch_share(w, x, pair, coming, r / height, attn_ceil_div(rows, height));
+            attend(w, x, b, h, list, n0, r, attn_min_i64(height, rows - r), segments, free);
         }
     }
     for (int64_t r = 0; r < rows; r++) {
