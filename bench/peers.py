@@ -1,6 +1,7 @@
 """`dense` beside PyTorch: scaled_dot_product_attention and, compiled, FlexAttention; one run, as a Markdown table.
 
     python bench/peers.py [--seconds 0.3] [--tokens 1024] [--heads 4] [--width 64]
+    python bench/peers.py --no-flex --cases full causal --types float32 --heads 8 --tokens 16384 --repeats 1
 
 Each cell is the peer's time divided by ours: above 1 means that `dense` is faster. Times are medians of alternating repeats,
 so that both meet the same state of the machine. Every result is compared with the peer's before it is timed. FlexAttention is
@@ -42,13 +43,13 @@ def cases(n):
     yield "4 documents", {"causal": True, "bias": same}, (i >= j) & same, document
 
 
-def seconds_of(calls, budget):
-    """Median times of several calls that take turns."""
+def seconds_of(calls, budget, repeats):
+    """Median times of several calls that take turns, at least `repeats` each after one that is not counted."""
     times = [[] for _ in calls]
-    for call in (*calls, *calls):
+    for call in calls:
         call()
     end = time.perf_counter() + budget * len(calls)
-    while time.perf_counter() < end or len(times[0]) < 5:
+    while time.perf_counter() < end or len(times[0]) < repeats:
         for call, list_ in zip(calls, times):
             begin = time.perf_counter()
             call()
@@ -113,7 +114,7 @@ def run(options, name, keywords, mask, mask_function, dtype, threads):
         else:
             calls = [lambda f=f: f(q, k, v) for f in (ours, *good)]
         with torch.set_grad_enabled(backward):
-            mine, *theirs = seconds_of(calls, options.seconds)
+            mine, *theirs = seconds_of(calls, options.seconds, options.repeats)
         ratio = {peer: t / mine for peer, t in zip(good, theirs)}
         cells.append((mine, [f"{ratio[p]:.2f}" if p in ratio else "-" for p in peers]))
     return cells
@@ -122,6 +123,9 @@ def run(options, name, keywords, mask, mask_function, dtype, threads):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seconds", type=float, default=0.3, help="time for each measurement")
+    parser.add_argument("--repeats", type=int, default=5, help="fewest repeats of each measurement")
+    parser.add_argument("--cases", nargs="*", metavar="CASE", help="full, causal, 'window 256', '4 documents'; all by default")
+    parser.add_argument("--types", nargs="*", choices=["float32", "bfloat16"], default=["float32", "bfloat16"])
     parser.add_argument("--tokens", type=int, default=1024)
     parser.add_argument("--heads", type=int, default=4)
     parser.add_argument("--width", type=int, default=64)
@@ -129,6 +133,12 @@ def main():
     parser.add_argument("--no-flex", action="store_true", help="leave FlexAttention out (it needs a C++ compiler)")
     parser.add_argument("--verbose", action="store_true", help="say why a cell is empty")
     options = parser.parse_args()
+    known = [name for name, *_ in cases(4)]
+    for name in options.cases or []:
+        if name not in known:
+            parser.error(f"argument --cases: there is no case '{name}' ({', '.join(known)})")
+    if options.repeats < 1:
+        parser.error(f"argument --repeats: expected at least 1, got {options.repeats}")
     warnings.simplefilter("ignore")
     print(f"`dense` beside PyTorch {torch.__version__}: {options.heads} heads, {options.tokens} tokens, {options.width} wide. "
           "Cells: the peer's time / ours (above 1: ours is faster).\n")
@@ -136,8 +146,10 @@ def main():
     heads = ["case", "type", "threads", "ours, ms", *peers, "forward and backward: ours, ms", *peers]
     print("| " + " | ".join(heads) + " |\n|" + " --- |" * len(heads))
     for threads in options.threads:
-        for dtype in (torch.float32, torch.bfloat16):
+        for dtype in (getattr(torch, name) for name in options.types):
             for case in cases(options.tokens):
+                if options.cases and case[0] not in options.cases:
+                    continue
                 (forward, a), (both, b) = run(options, *case, dtype, threads)
                 row = [case[0], str(dtype).removeprefix("torch."), str(threads), f"{forward * 1e3:.2f}", *a, f"{both * 1e3:.2f}", *b]
                 print("| " + " | ".join(row) + " |", flush=True)
