@@ -124,8 +124,9 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seconds", type=float, default=0.3, help="time for each measurement")
     parser.add_argument("--repeats", type=int, default=5, help="fewest repeats of each measurement")
-    parser.add_argument("--cases", nargs="*", metavar="CASE", help="full, causal, 'window 256', '4 documents'; all by default")
-    parser.add_argument("--types", nargs="*", choices=["float32", "bfloat16"], default=["float32", "bfloat16"])
+    names, types = [name for name, *_ in cases(4)], ["float32", "bfloat16"]
+    parser.add_argument("--cases", nargs="+", choices=names, default=names)
+    parser.add_argument("--types", nargs="+", choices=types, default=types)
     parser.add_argument("--tokens", type=int, default=1024)
     parser.add_argument("--heads", type=int, default=4)
     parser.add_argument("--width", type=int, default=64)
@@ -133,10 +134,6 @@ def main():
     parser.add_argument("--no-flex", action="store_true", help="leave FlexAttention out (it needs a C++ compiler)")
     parser.add_argument("--verbose", action="store_true", help="say why a cell is empty")
     options = parser.parse_args()
-    known = [name for name, *_ in cases(4)]
-    for name in options.cases or []:
-        if name not in known:
-            parser.error(f"argument --cases: there is no case '{name}' ({', '.join(known)})")
     if options.repeats < 1:
         parser.error(f"argument --repeats: expected at least 1, got {options.repeats}")
     warnings.simplefilter("ignore")
@@ -148,7 +145,7 @@ def main():
     for threads in options.threads:
         for dtype in (getattr(torch, name) for name in options.types):
             for case in cases(options.tokens):
-                if options.cases and case[0] not in options.cases:
+                if case[0] not in options.cases:
                     continue
                 (forward, a), (both, b) = run(options, *case, dtype, threads)
                 row = [case[0], str(dtype).removeprefix("torch."), str(threads), f"{forward * 1e3:.2f}", *a, f"{both * 1e3:.2f}", *b]

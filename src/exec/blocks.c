@@ -7,7 +7,6 @@
 
 #define STEP 256      /* keys of a step */
 #define TASK_ROWS 128 /* query rows of a task */
-#define FREE_ROWS 48  /* rows of one pass where nothing is masked: a block serves several tiles while it is in L1 */
 
 /* Keys of one list entry, or of several in a row, within a step. */
 typedef struct segment {
@@ -29,6 +28,7 @@ typedef struct blocks {
 typedef struct worker {
     float *q, *s, *o, *m, *l, *alpha, *rows;
     int64_t *begin, *end;
+    int64_t all_begin, all_end; /* the keys that all rows of the task see */
     segment *segments, *next; /* of this step, and of the one after it */
 } worker;
 
@@ -94,7 +94,7 @@ static attn_status workers_create(const blocks *w, worker **workers, int threads
     for (int t = 0; t < threads && made != NULL; t++) {
         worker *x = &made[t];
         x->q = attn_arena_array(arena, TASK_ROWS, (size_t)p->d * sizeof(float));
-        x->s = attn_arena_array(arena, (size_t)attn_max_i64(FREE_ROWS, p->kernels->mr) * STEP, sizeof(float));
+        x->s = attn_arena_array(arena, DENSE_ROWS * STEP, sizeof(float));
         x->o = attn_arena_array(arena, TASK_ROWS, (size_t)p->dv_pad * sizeof(float));
         x->m = attn_arena_array(arena, 3 * TASK_ROWS, sizeof(float));
         x->rows = attn_arena_array(arena, DENSE_PACK_ROWS, (size_t)p->d * sizeof(float));
@@ -113,6 +113,8 @@ static attn_status workers_create(const blocks *w, worker **workers, int threads
     *workers = made;
     return made != NULL ? ATTN_OK : attn_fail_memory((size_t)threads * TASK_ROWS * (size_t)(p->d + p->dv) * sizeof(float));
 }
+
+static int seen_by_all(const worker *x, const segment *g) { return x->all_begin <= g->first && g->first + g->keys <= x->all_end; }
 
 /* The part of a segment that rows [r, r + rows) can see: its first `*keys` keys; masked: whether some row sees less of them. */
 static int visible_part(const worker *x, const segment *g, int64_t r, int64_t rows, int64_t *keys)
@@ -153,9 +155,8 @@ static void adjust_scores(const blocks *w, const worker *x, const segment *g, fl
     }
 }
 
-/* A few rows against the segments of a step; free: they see all keys of it. */
-static void attend(const blocks *w, worker *x, int64_t b, int64_t h, int64_t list, int64_t n0, int64_t r, int64_t rows, int64_t segments,
-                   int free)
+/* A few rows against the segments of a step. */
+static void attend(const blocks *w, worker *x, int64_t b, int64_t h, int64_t list, int64_t n0, int64_t r, int64_t rows, int64_t segments)
 {
     const dense_problem *p = w->p;
     const attn_tile_kernels *kernels = p->kernels;
@@ -164,7 +165,7 @@ static void attend(const blocks *w, worker *x, int64_t b, int64_t h, int64_t lis
     for (int64_t i = 0; i < segments; i++) {
         const segment *g = &x->segments[i];
         int64_t keys = g->keys;
-        int cut = free ? 0 : visible_part(x, g, r, rows, &keys);
+        int cut = !seen_by_all(x, g) && visible_part(x, g, r, rows, &keys);
         lengths[i] = attn_max_i64(keys, 0);
         columns[i] = at;
         if (keys <= 0) {
@@ -241,20 +242,13 @@ static void prefetch_share(const blocks *w, const worker *x, int64_t pair, int64
 }
 
 /* Whether every row of a task sees all keys of a step. */
-static int all_seen(const worker *x, int64_t rows, int64_t segments)
+static int nothing_hidden(const worker *x, int64_t segments)
 {
-    int64_t begin = 0, end = INT64_MAX;
-    for (int64_t r = 0; r < rows; r++) {
-        begin = attn_max_i64(begin, x->begin[r]);
-        end = attn_min_i64(end, x->end[r]);
+    int free = 1;
+    for (int64_t i = 0; i < segments && free; i++) {
+        free = x->segments[i].mask == ATTN_PLAN_FULL && seen_by_all(x, &x->segments[i]);
     }
-    for (int64_t i = 0; i < segments; i++) {
-        const segment *g = &x->segments[i];
-        if (g->mask != ATTN_PLAN_FULL || begin > g->first || end < g->first + g->keys) {
-            return 0;
-        }
-    }
-    return 1;
+    return free;
 }
 
 static void run_task(const blocks *w, worker *x, int64_t b, int64_t h, int64_t block, int64_t part, const attn_tensor *o,
@@ -265,9 +259,13 @@ static void run_task(const blocks *w, worker *x, int64_t b, int64_t h, int64_t b
     int64_t n0 = block * y->shape.block_q + part * TASK_ROWS, list = attn_layout_list(y, p, b, h), row = list * y->rows + block;
     int64_t rows = attn_min_i64(attn_min_i64(TASK_ROWS, (block + 1) * y->shape.block_q - n0), p->n - n0);
     float factor = (float)(p->base2 ? p->scale * ATTN_LOG2E : p->scale);
+    x->all_begin = 0;
+    x->all_end = p->m;
     for (int64_t r = 0; r < rows; r++) {
         attn_dense_load_row(p, x->q + r * p->d, &p->in->q, b, h, n0 + r, p->d, factor);
         attn_dense_visible(p, b, n0 + r, &x->begin[r], &x->end[r]);
+        x->all_begin = attn_max_i64(x->all_begin, x->begin[r]);
+        x->all_end = attn_min_i64(x->all_end, x->end[r]);
         attn_dense_begin_row(p, h, &x->m[r], &x->l[r]);
     }
     memset(x->o, 0, (size_t)(attn_max_i64(rows, 0) * p->dv_pad) * sizeof(float));
@@ -279,11 +277,11 @@ static void run_task(const blocks *w, worker *x, int64_t b, int64_t h, int64_t b
         x->segments = x->next;
         x->next = swap;
         coming = next_step(w, x, pair, y->start[row + 1], &e, &inside);
-        int free = all_seen(x, rows, segments);
-        int64_t height = free ? attn_max_i64(FREE_ROWS, mr) : mr;
+        /* Where nothing is hidden, so many rows that a block serves several tiles while it is in L1; else a tile follows the mask. */
+        int64_t height = nothing_hidden(x, segments) ? DENSE_ROWS : mr;
         for (int64_t r = 0; r < rows; r += height) {
             prefetch_share(w, x, pair, coming, r / height, attn_ceil_div(rows, height));
-            attend(w, x, b, h, list, n0, r, attn_min_i64(height, rows - r), segments, free);
+            attend(w, x, b, h, list, n0, r, attn_min_i64(height, rows - r), segments);
         }
     }
     for (int64_t r = 0; r < rows; r++) {
