@@ -12,11 +12,15 @@ static const char help[] =
     "--decode-attention or --policy the mechanism is measured beside exact attention.\n\n"
     "  --stride N               tokens that each window adds (default: the context; less gives every token a longer past)\n"
     "  --limit N                use the first N tokens only\n"
+    "  --endless                one window over the whole text, however long, for mechanisms that forget\n"
+    "                           (streaming:positions=cache); no exact attention beside\n"
     SESSION_HELP
     "  --json                   print JSON\n\n"
     "Examples:\n"
     "  attn perplexity model.gguf book.txt --ctx 8000\n"
-    "  attn perplexity model.gguf book.txt --ctx 8000 --attention streaming:sinks=4,recent=1024\n";
+    "  attn perplexity model.gguf book.txt --ctx 8000 --attention streaming:sinks=4,recent=1024\n"
+    "  S=streaming:sinks=4,recent=1024,positions=cache\n"
+    "  attn perplexity model.gguf book.txt --endless --attention $S --decode-attention $S\n";
 
 typedef struct result {
     double loss, seconds, attention_seconds;
@@ -95,17 +99,18 @@ static void print_row(const char *name, const result *r, double density, int jso
 
 int cli_perplexity(int argc, char **argv)
 {
-    enum { STRIDE = 256, LIMIT, JSON };
+    enum { STRIDE = 256, LIMIT, ENDLESS, JSON };
     static const struct option options[] = {{"stride", required_argument, NULL, STRIDE}, {"limit", required_argument, NULL, LIMIT},
-                                            {"json", no_argument, NULL, JSON}, SESSION_OPTIONS,
+                                            {"endless", no_argument, NULL, ENDLESS}, {"json", no_argument, NULL, JSON}, SESSION_OPTIONS,
                                             {"help", no_argument, NULL, 'h'}, {NULL, 0, NULL, 0}};
     session_options o = {0};
     long stride = 0, limit = 0;
-    int option, json = 0, ok = 1;
+    int option, endless = 0, json = 0, ok = 1;
     while (ok && (option = getopt_long(argc, argv, "h", options, NULL)) != -1) {
         switch (option) {
         case STRIDE: ok = cli_parse_int("perplexity", "--stride", optarg, 1, 1L << 24, &stride); break;
         case LIMIT: ok = cli_parse_int("perplexity", "--limit", optarg, 2, 1L << 30, &limit); break;
+        case ENDLESS: endless = 1; break;
         case JSON: json = 1; break;
         case 'h': fputs(help, stdout); return 0;
         default: ok = session_option("perplexity", &o, option, optarg);
@@ -132,23 +137,25 @@ int cli_perplexity(int argc, char **argv)
     }
     count = limit > 0 && count > limit ? limit : count;
     int64_t made_for = attn_model_get_info(s.model)->context_length, ctx = o.ctx > 0 ? o.ctx : made_for < 32768 ? made_for : 32768;
+    ctx = endless ? count : ctx;
+    stride = stride > 0 ? stride : ctx;
     if (!failed && count < 2) {
         failed = cli_error("the text has fewer than two tokens");
     }
     result exact, other;
     if (!failed) {
         attn_policy *policy = s.policy;
-        if (attn_policy_use(NULL, s.context) != ATTN_OK ||
-            attn_context_set_attention(s.context, -1, NULL) != ATTN_OK ||
-            measure(&s, tokens, count, ctx, stride > 0 ? stride : ctx, &exact) != ATTN_OK) {
-            failed = cli_library_error();
-        } else {
-            print_row("dense", &exact, 1, json);
+        if (!endless) {
+            if (attn_policy_use(NULL, s.context) != ATTN_OK || measure(&s, tokens, count, ctx, stride, &exact) != ATTN_OK) {
+                failed = cli_library_error();
+            } else {
+                print_row("dense", &exact, 1, json);
+            }
         }
         if (!failed && policy != NULL) {
             attn_policy_count(policy, 1);
             if (attn_policy_use(policy, s.context) != ATTN_OK ||
-                measure(&s, tokens, count, ctx, stride > 0 ? stride : ctx, &other) != ATTN_OK) {
+                measure(&s, tokens, count, ctx, stride, &other) != ATTN_OK) {
                 failed = cli_library_error();
             } else {
                 attn_policy_stats pairs = attn_policy_get_stats(policy);

@@ -26,6 +26,7 @@ static const char help[] =
     "  attn run model.gguf -p 'The capital of France is' -n 20\n"
     "  attn run model.gguf --chat -f report.txt -p 'What does this report say about costs?' --stats\n"
     "  attn run model.gguf --chat -f book.txt -p 'Who is the hero?' --attention flexprefill:gamma=0.9\n"
+    "  attn run model.gguf -p 'Once upon a time' -n 100000 --decode-attention streaming:recent=1024,positions=cache\n"
     "  attn run model.gguf\n";
 
 typedef struct run_options {

@@ -26,7 +26,7 @@ typedef struct session {
     "  --ctx N                  tokens that fit (default: what the model was made for, at most 32768)\n"               \
     "  --threads N              threads to use (default: all)\n"                                                       \
     "  --cache TYPE             keys and values in f32, f16 (default), bf16 or i8\n"                                   \
-    "  --chunk N                tokens of the prompt read together (default: 512)\n"
+    "  --chunk N                tokens of the prompt read together (default: 512; mechanisms that choose keys see 8192)\n"
 /* With the choice of attention mechanisms. */
 #define SESSION_OPTIONS                                                                                                \
     SESSION_MODEL_OPTIONS, {"attention", required_argument, NULL, SESSION_OPTION + 3},                                 \
@@ -34,7 +34,9 @@ typedef struct session {
 #define SESSION_HELP                                                                                                   \
     SESSION_MODEL_HELP                                                                                                 \
     "  --attention SPEC         mechanism while reading the prompt, name:key=value,... (default: dense)\n"             \
-    "  --decode-attention SPEC  mechanism while generating (default: dense); with streaming the cache forgets\n"       \
+    "  --decode-attention SPEC  mechanism while generating (default: dense); with streaming the cache forgets, and with\n" \
+    "                           streaming:positions=cache the kept keys are numbered anew, so that the text may grow\n"   \
+    "                           without end (in --attention too: prompts of any length)\n"                                \
     "  --policy FILE            both, per layer and head, from a JSON file\n"
 
 /* Take one of the options above; 0 and a message when its value is wrong. */

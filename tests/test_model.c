@@ -632,7 +632,7 @@ static void mechanisms_plug_in(void **unused)
         attn_context *context = make_context(model, (attn_context_settings){.sequences = 2});
         eval(context, 0, tokens, TOKENS, one);
         plugged p = {.evict = evict};
-        attn_llm_attention mechanism = {on_prefill, on_decode, on_update, &p};
+        attn_llm_attention mechanism = {.prefill = on_prefill, .decode = on_decode, .update = on_update, .user = &p};
         assert_int_equal(attn_context_set_attention(context, 1, &mechanism), ATTN_OK);
         assert_int_equal(attn_context_set_attention(context, LAYERS, &mechanism), ATTN_ERR_ARGUMENT);
         eval(context, 1, tokens, TOKENS - 2, other);
@@ -667,6 +667,68 @@ static int stop_later(void *user, double done)
 {
     assert_true(done >= 0 && done <= 1);
     return --*(int *)user < 0;
+}
+
+/* A layer that reads spans, among others that read chunks, in two sequences at once. */
+static void spans_change_nothing(void **unused)
+{
+    (void)unused;
+    enum { LONG = 300, BEFORE = 3 };
+    static float one[LONG * VOCABULARY], other[LONG * VOCABULARY];
+    static int32_t tokens[LONG];
+    for (int i = 0; i < LONG; i++) {
+        tokens[i] = (i * 31 + i / 7) % VOCABULARY;
+    }
+    for (int gemma = 0; gemma < 2; gemma++) {
+        tiny t;
+        make(&t, specs[gemma ? 7 : 0]);
+        attn_model *model = open_model(&t);
+        int left = 1000000;
+        attn_context *context = make_context(model, (attn_context_settings){.length = 2000, .sequences = 2, .chunk = 8,
+                                                                            .progress = stop_later, .user = &left});
+        eval(context, 0, tokens, LONG, one);
+        assert_int_equal(attn_context_truncate(context, 0, 0), ATTN_OK);
+        plugged p = {0};
+        attn_llm_attention mechanism = {.prefill = on_prefill, .user = &p, .span = 100};
+        assert_int_equal(attn_context_set_attention(context, LAYERS - 1, &mechanism), ATTN_OK);
+        /* Sequence 1 comes first, so that the spans of sequence 0 start anywhere. */
+        eval(context, 0, tokens, BEFORE, other);
+        attn_context_batch batch[] = {{1, tokens, 37}, {0, tokens + BEFORE, LONG - BEFORE - 100}};
+        assert_int_equal(attn_context_eval(context, batch, 2, NULL, NULL), ATTN_OK);
+        assert_int_equal(p.prefills, 1 + 4); /* 100 + 100 + 34 rows, the first ones of two sequences */
+        for (int v = 0; v < VOCABULARY; v++) {
+            assert_true(fabsf(attn_context_logits(context, 0)[v] - one[36 * VOCABULARY + v]) < 1e-3f);
+            assert_true(fabsf(attn_context_logits(context, 1)[v] - one[199 * VOCABULARY + v]) < 1e-3f);
+        }
+        eval(context, 0, tokens + LONG - 100, 100, other);
+        for (int i = 0; i < 100 * VOCABULARY; i++) {
+            if (!(fabsf(other[i] - one[(LONG - 100) * VOCABULARY + i]) < 1e-3f)) {
+                fail_msg("%s: token %d, logit %d: %g, by chunks %g", specs[gemma ? 7 : 0].arch, 200 + i / VOCABULARY, i % VOCABULARY,
+                         (double)other[i], (double)one[(LONG - 100) * VOCABULARY + i]);
+            }
+        }
+        /* Cancelled when two layers have read a span: back to before it, or to nothing where windows have slid on. */
+        mechanism.span = 300;
+        assert_int_equal(attn_context_set_attention(context, LAYERS - 1, &mechanism), ATTN_OK);
+        left = LAYERS - 1;
+        attn_context_batch again = {1, tokens, 290};
+        assert_int_equal(attn_context_eval(context, &again, 1, NULL, NULL), ATTN_ERR_CANCELLED);
+        assert_int_equal(attn_context_length(context, 1), gemma ? 0 : 37);
+        for (int l = 0; l < LAYERS; l++) {
+            assert_int_equal(attn_context_keys(context, 1, l, 0), gemma ? 0 : 37);
+        }
+        left = 1000000;
+        eval(context, 1, tokens + (gemma ? 0 : 37), 38, other);
+        int first = gemma ? 0 : 37;
+        for (int i = 0; i < 38 * VOCABULARY; i++) {
+            assert_true(fabsf(other[i] - one[first * VOCABULARY + i]) < 1e-3f);
+        }
+        mechanism.span = -1;
+        assert_int_equal(attn_context_set_attention(context, -1, &mechanism), ATTN_ERR_ARGUMENT);
+        attn_context_destroy(context);
+        attn_model_close(model);
+        drop(&t);
+    }
 }
 
 static void evaluation_is_checked(void **unused)
@@ -834,7 +896,7 @@ int main(void)
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(architectures_match),    cmocka_unit_test(caches_match),
         cmocka_unit_test(threads_and_batches_agree), cmocka_unit_test(sequences_cut_and_copy),
-        cmocka_unit_test(mechanisms_plug_in),     cmocka_unit_test(evaluation_is_checked),
+        cmocka_unit_test(mechanisms_plug_in), cmocka_unit_test(spans_change_nothing),     cmocka_unit_test(evaluation_is_checked),
         cmocka_unit_test(bad_files_are_refused),  cmocka_unit_test(survives_damage),
         cmocka_unit_test(allocations_may_fail),
     };

@@ -111,6 +111,88 @@ static void test_streaming_forgets(void **state)
     attn_policy_destroy(policy);
 }
 
+/* With one layer a key depends on its token alone, so that keys numbered inside the cache are those of a short text: the sinks and the
+ * recent tokens, one after the other. */
+static void test_positions_of_the_cache(void **state)
+{
+    (void)state;
+    enum { SINKS = 3, RECENT = 24, LENGTH = 160, ALL = 2000 };
+    static const char spec[] = "streaming:sinks=3,positions=cache,recent=24";
+    attn_policy *policy;
+    attn_context *context, *plain;
+    attn_context_settings settings = {.length = LENGTH, .chunk = 64, .threads = 2};
+    must(attn_policy_create(&policy, model, spec, spec));
+    must(attn_context_create(&context, model, &settings));
+    must(attn_context_create(&plain, model, &settings));
+    must(attn_policy_use(policy, context));
+    static int32_t text[ALL];
+    for (int i = 0; i < ALL; i++) {
+        text[i] = (i * 7 + i * i / 5) % 16;
+    }
+    for (int done = 0, count; done < ALL; done += count) {
+        count = done == 0 ? 10 : done < 500 ? 163 : done % 3 == 0 ? 50 : 1; /* prompts of many lengths, and generation */
+        count = count < ALL - done ? count : ALL - done;
+        attn_context_batch batch = {.tokens = text + done, .count = count};
+        must(attn_context_eval(context, &batch, 1, NULL, NULL));
+        int32_t held[SINKS + RECENT];
+        int end = done + count, all = end < SINKS + RECENT ? end : SINKS + RECENT;
+        for (int i = 0; i < all; i++) {
+            held[i] = text[i < SINKS ? i : end - all + i];
+        }
+        must(attn_context_truncate(plain, 0, 0));
+        must(attn_context_eval(plain, &(attn_context_batch){.tokens = held, .count = all}, 1, NULL, NULL));
+        expect_close("renumbered keys", attn_context_logits(context, 0), attn_context_logits(plain, 0));
+        assert_true(attn_context_keys(context, 0, 0, 0) <= SINKS + RECENT + 64);
+    }
+    assert_int_equal(attn_context_length(context, 0), ALL);
+    /* A prompt that does not forget ends with the cache. */
+    attn_policy *other;
+    must(attn_policy_create(&other, model, NULL, spec));
+    must(attn_policy_use(other, context));
+    must(attn_context_truncate(context, 0, 0));
+    assert_int_equal(attn_context_eval(context, &(attn_context_batch){.tokens = text, .count = 300}, 1, NULL, NULL), ATTN_ERR_ARGUMENT);
+    assert_int_equal(attn_context_length(context, 0), 128);
+    must(attn_policy_use(NULL, context));
+    assert_int_equal(attn_context_eval(context, &(attn_context_batch){.tokens = text, .count = 33}, 1, NULL, NULL), ATTN_ERR_ARGUMENT);
+    attn_context_destroy(plain);
+    attn_context_destroy(context);
+    attn_policy_destroy(other);
+    attn_policy_destroy(policy);
+    assert_int_equal(attn_policy_create(&policy, model, "streaming:positions=ring", NULL), ATTN_ERR_ARGUMENT);
+    assert_non_null(strstr(attn_last_error(), "positions is 'ring'"));
+    /* The other one says what the default is. */
+    float got[16], want[16];
+    const char *const same[] = {"streaming:sinks=2,recent=20", "streaming:sinks=2,positions=original,recent=20"};
+    for (int i = 0; i < 2; i++) {
+        must(attn_policy_create(&policy, model, same[i], same[i]));
+        run(policy, i == 0 ? want : got);
+        attn_policy_destroy(policy);
+    }
+    expect_close("positions=original", got, want);
+}
+
+/* Prompts that go on where a block has begun already. */
+static void test_prompts_that_go_on(void **state)
+{
+    (void)state;
+    float got[16], exact[16];
+    for (int which = 0; which < 2; which++) {
+        attn_policy *policy;
+        attn_context *context;
+        must(attn_policy_create(&policy, model, which == 0 ? "dense" : "flexprefill:block=64,min_budget=4096", NULL));
+        must(attn_context_create(&context, model, &(attn_context_settings){.chunk = 100}));
+        must(attn_policy_use(policy, context));
+        for (int done = 0; done < PROMPT; done += 60) {
+            must(attn_context_eval(context, &(attn_context_batch){.tokens = tokens + done, .count = 60}, 1, NULL, NULL));
+        }
+        memcpy(which == 0 ? exact : got, attn_context_logits(context, 0), sizeof got);
+        must(attn_policy_use(NULL, context));
+        attn_context_destroy(context);
+        attn_policy_destroy(policy);
+    }
+    expect_close("flexprefill in parts", got, exact);
+}
+
 static attn_status load(attn_policy **policy, const char *json)
 {
     char path[] = "/tmp/attn-policy-XXXXXX";
@@ -160,6 +242,7 @@ int main(void)
 {
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(test_mechanisms_that_see_everything_agree), cmocka_unit_test(test_streaming_forgets),
+        cmocka_unit_test(test_positions_of_the_cache), cmocka_unit_test(test_prompts_that_go_on),
         cmocka_unit_test(test_files), cmocka_unit_test(test_mechanisms_that_do_not_fit),
     };
     return cmocka_run_group_tests(tests, set_up, tear_down);

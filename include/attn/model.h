@@ -96,7 +96,8 @@ typedef int (*attn_context_each)(void *user, int item, int64_t token, const floa
 
 /* Add tokens to one or several different sequences. Only the logits after the last token of each item are computed, for
  * attn_context_logits(), unless `each` wants those of all tokens (in the batch's order). When a call fails or is
- * cancelled, each sequence keeps the chunks that were complete: attn_context_length() tells. */
+ * cancelled, each sequence keeps the chunks (or spans, see attn_llm_attention) that were complete; it is cleared when layers with a
+ * sliding window have gone too far on to go back: attn_context_length() tells. */
 ATTN_API attn_status attn_context_eval(attn_context *context, const attn_context_batch *batch, int count,
                                        attn_context_each each, void *user);
 /* Logits [vocabulary] after the last token of item `item` of the last batch that was evaluated without `each`; valid
@@ -131,13 +132,20 @@ typedef struct attn_llm_call {
     attn_exec exec;
 } attn_llm_call;
 
-/* What computes a layer's attention. Functions that are NULL do as the model says: exact attention, all keys kept. */
+/* What computes a layer's attention. Functions that are NULL do as the model says: exact attention, all keys kept.
+ * Zero-initialise for the defaults. */
 typedef struct attn_llm_attention {
     attn_status (*prefill)(void *user, const attn_llm_call *call); /* several queries */
     attn_status (*decode)(void *user, const attn_llm_call *call);  /* one query */
     /* After each chunk of tokens; it may evict keys with attn_context_keep(). */
     attn_status (*update)(void *user, attn_context *context, int sequence, int layer);
     void *user;
+    /* Queries that `prefill` should see together, more than a chunk, for mechanisms whose choice they share; 0: a chunk. It costs
+     * 4 (width + 2 heads head_width) bytes each. Layers with a sliding window of their own always read by chunks. */
+    int64_t span;
+    /* `update` sees to it that the caches stay below the context's length however long the sequence grows. A sequence may be longer than
+     * that length when this holds for all layers without a sliding window. */
+    int endless;
 } attn_llm_attention;
 
 /* Use a mechanism in one layer (-1: in all) from now on; NULL: back to exact attention. The struct is copied. */

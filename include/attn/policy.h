@@ -4,6 +4,13 @@
  * A mechanism is a SPEC ("flexprefill:gamma=0.95"). "dense" is exact attention. A head whose generation mechanism is `streaming` holds
  * only its sinks and recent keys once generation has begun (from the first chunk on when its prompt mechanism is `streaming` too):
  * the memory of the others is freed. Layers with a sliding window of their own stay as they are.
+ *
+ * The SPEC of `streaming` takes one parameter more here, positions=original|cache (StreamingLLM, arXiv:2309.17453). original, the default:
+ * keys keep the positions of their tokens. cache: to a query it looks as if the recent keys followed the sinks at once, so that no distance
+ * is larger than sinks + recent. When all heads generate so, a sequence may grow beyond the context's length; prompts that are longer than
+ * that need it while reading too.
+ *
+ * Mechanisms that choose keys while reading get up to 8,192 queries of a prompt together (attn_llm_attention.span).
  */
 #ifndef ATTN_POLICY_H
 #define ATTN_POLICY_H

@@ -88,25 +88,35 @@ static void store_row(const attn_kv *kv, char *rows, float *scales, int64_t row,
     }
 }
 
-void attn_kv_store(attn_kv *kv, int64_t head, int64_t ahead, const float *k, const float *v)
+void attn_kv_store(attn_kv *kv, int64_t head, int64_t position, const float *k, const float *v)
 {
-    int64_t row = head * kv->capacity + kv->counts[head] + ahead;
+    int64_t row = head * kv->capacity + kv->counts[head] + position - kv->seen;
     store_row(kv, kv->k, kv->k_scale, row, k);
     store_row(kv, kv->v, kv->v_scale, row, v);
 }
 
-void attn_kv_advance(attn_kv *kv, int64_t n, int64_t position)
+void attn_kv_announce(attn_kv *kv, int64_t n)
 {
-    for (int64_t h = 0; h < kv->heads; h++) {
-        for (int64_t i = 0; i < n && kv->positions != NULL; i++) {
-            kv->positions[h][kv->counts[h] + i] = position + i;
+    for (int64_t h = 0; h < kv->heads && kv->positions != NULL; h++) {
+        for (int64_t i = 0; i < n; i++) {
+            kv->positions[h][kv->counts[h] + i] = kv->seen + i;
         }
-        kv->counts[h] += n;
     }
 }
 
-attn_status attn_kv_truncate(attn_kv *kv, int64_t length, int64_t seen, int only_check)
+void attn_kv_advance(attn_kv *kv, int64_t length)
 {
+    int64_t n = length - kv->seen;
+    attn_kv_announce(kv, n);
+    for (int64_t h = 0; h < kv->heads; h++) {
+        kv->counts[h] += n;
+    }
+    kv->seen = length;
+}
+
+attn_status attn_kv_truncate(attn_kv *kv, int64_t length, int only_check)
+{
+    int64_t seen = kv->seen;
     for (int64_t h = 0; h < kv->heads; h++) {
         int64_t count = kv->counts[h];
         if (kv->positions != NULL) {
@@ -133,10 +143,11 @@ attn_status attn_kv_truncate(attn_kv *kv, int64_t length, int64_t seen, int only
         drop_positions(kv);
         memset(kv->counts, 0, (size_t)kv->heads * sizeof *kv->counts);
     }
+    kv->seen = only_check ? seen : length;
     return ATTN_OK;
 }
 
-static attn_status make_positions(attn_kv *kv, int64_t seen)
+static attn_status make_positions(attn_kv *kv)
 {
     kv->positions = attn_calloc_array((size_t)kv->heads, sizeof *kv->positions);
     int ok = kv->positions != NULL;
@@ -144,7 +155,7 @@ static attn_status make_positions(attn_kv *kv, int64_t seen)
         kv->positions[h] = attn_alloc_array((size_t)kv->capacity, sizeof **kv->positions);
         ok = kv->positions[h] != NULL;
         for (int64_t i = 0; ok && i < kv->counts[h]; i++) {
-            kv->positions[h][i] = seen - kv->counts[h] + i;
+            kv->positions[h][i] = kv->seen - kv->counts[h] + i;
         }
     }
     if (!ok) {
@@ -154,7 +165,7 @@ static attn_status make_positions(attn_kv *kv, int64_t seen)
     return ATTN_OK;
 }
 
-attn_status attn_kv_keep(attn_kv *kv, int64_t head, const int64_t *indices, int64_t count, int64_t seen)
+attn_status attn_kv_keep(attn_kv *kv, int64_t head, const int64_t *indices, int64_t count)
 {
     if (kv->window > 0) {
         return attn_fail(ATTN_ERR_UNSUPPORTED, "keys of a layer with a sliding window cannot be evicted");
@@ -169,7 +180,7 @@ attn_status attn_kv_keep(attn_kv *kv, int64_t head, const int64_t *indices, int6
         return ATTN_OK;
     }
     if (kv->positions == NULL) {
-        ATTN_TRY(make_positions(kv, seen));
+        ATTN_TRY(make_positions(kv));
     }
     /* In runs of neighbours. */
     for (int64_t i = 0, run; i < count; i += run) {
@@ -188,8 +199,9 @@ attn_status attn_kv_copy(attn_kv *to, const attn_kv *from)
     drop_positions(to);
     memset(to->counts, 0, (size_t)to->heads * sizeof *to->counts);
     if (from->positions != NULL) {
-        ATTN_TRY(make_positions(to, 0));
+        ATTN_TRY(make_positions(to));
     }
+    to->seen = from->seen;
     size_t bytes = row_bytes(from);
     for (int64_t h = 0; h < from->heads; h++) {
         size_t base = (size_t)(h * from->capacity), count = (size_t)from->counts[h];

@@ -1,5 +1,9 @@
 /* Evaluation of a transformer over batches of tokens from one or several sequences.
  *
+ * A batch is read in spans, and a span goes through a layer in chunks, which bound the memory of what is between two products. A span
+ * is one chunk, or longer where a layer's mechanism wants to see many queries at once: then all chunks' keys come first, then the
+ * attention of all queries, then the rest of the layer, chunk by chunk.
+ *
  * Shapes: N tokens of a chunk, C the width, H query heads and G key heads of width D, F the hidden width,
  * V the vocabulary.
  *
@@ -21,17 +25,16 @@
 #define STANDARD_CHUNK 512
 #define EACH_ROWS 12 /* rows of logits that are computed together for `each` */
 
-/* One token of a chunk. */
+/* One token of a span. */
 typedef struct row {
     int32_t token;
     int sequence;
     int item;         /* of the batch */
     int64_t index;    /* within its item */
-    int64_t ahead;    /* tokens of the same sequence before it in this chunk */
     int64_t position;
 } row;
 
-/* Consecutive rows of one sequence. */
+/* Consecutive rows of one sequence. `begin` counts in the span. */
 typedef struct segment {
     int sequence;
     int64_t begin, count, position;
@@ -45,10 +48,15 @@ struct attn_context {
     int64_t *lengths;  /* [sequences] */
     attn_llm_attention *attention; /* [layers] */
     attn_arena *buffers, *scratch;
-    row *rows;         /* [chunk] */
-    segment *segments; /* [chunk] */
-    float *x, *h, *q, *k, *v, *mixed, *gate, *up; /* rows of C, C, HD, GD, GD, HD, F, F */
-    float *angles[2];  /* per rope: [chunk][cosine, sine][dims / 2] */
+    /* Of a span. */
+    attn_arena *wide;
+    int64_t span;
+    row *rows;
+    segment *segments;
+    float *x, *q, *mixed; /* rows of C, HD, HD */
+    float *angles[2];  /* per rope: rows of [cosine, sine][dims / 2] */
+    /* Of a chunk. */
+    float *h, *k, *v, *gate, *up; /* rows of C, GD, GD, F, F */
     attn_quant_input in_width, in_heads, in_hidden, in_logits;
     char *thread_scratch; /* [threads][thread_bytes] */
     size_t thread_bytes;
@@ -129,10 +137,43 @@ static attn_status make_caches(attn_context *c)
     return ATTN_OK;
 }
 
-static attn_status make_floats(attn_context *c, int64_t rows, int64_t width, float **out)
+static attn_status make_floats(attn_arena *arena, int64_t rows, int64_t width, float **out)
 {
-    *out = attn_arena_array(c->buffers, (size_t)rows, (size_t)width * sizeof **out);
+    *out = attn_arena_array(arena, (size_t)rows, (size_t)width * sizeof **out);
     return *out != NULL ? ATTN_OK : attn_fail_memory((size_t)rows * (size_t)width * sizeof **out);
+}
+
+static attn_status fill_wide(attn_context *c, int64_t n)
+{
+    const attn_model_info *info = &c->model->info;
+    int64_t q_width = info->heads * info->head_width;
+    c->wide = NULL;
+    ATTN_TRY(attn_arena_create(&c->wide, 0));
+    c->rows = attn_arena_array(c->wide, (size_t)n, sizeof *c->rows);
+    c->segments = attn_arena_array(c->wide, (size_t)n, sizeof *c->segments);
+    if (c->rows == NULL || c->segments == NULL) {
+        return attn_fail_memory((size_t)n * (sizeof *c->rows + sizeof *c->segments));
+    }
+    ATTN_TRY(make_floats(c->wide, n, info->width, &c->x));
+    ATTN_TRY(make_floats(c->wide, n, q_width, &c->q));
+    ATTN_TRY(make_floats(c->wide, n, q_width, &c->mixed));
+    for (int i = 0; i < 2 && c->model->ropes[i].frequency != NULL; i++) {
+        ATTN_TRY(make_floats(c->wide, n, c->model->ropes[i].dims, &c->angles[i]));
+    }
+    c->span = n;
+    return ATTN_OK;
+}
+
+/* Room for spans of n tokens instead of what there was, which stays when there is no memory. */
+static attn_status make_wide(attn_context *c, int64_t n)
+{
+    attn_context before = *c;
+    attn_status status = fill_wide(c, n);
+    attn_arena_destroy(status == ATTN_OK ? before.wide : c->wide);
+    if (status != ATTN_OK) {
+        *c = before;
+    }
+    return status;
 }
 
 static attn_status make_buffers(attn_context *c)
@@ -142,33 +183,24 @@ static attn_status make_buffers(attn_context *c)
     int64_t q_width = info->heads * info->head_width, k_width = info->kv_heads * info->head_width;
     ATTN_TRY(attn_arena_create(&c->buffers, 0));
     ATTN_TRY(attn_arena_create(&c->scratch, 0));
-    c->rows = attn_arena_array(c->buffers, (size_t)n, sizeof *c->rows);
-    c->segments = attn_arena_array(c->buffers, (size_t)n, sizeof *c->segments);
     c->key_counts = attn_arena_array(c->buffers, (size_t)info->kv_heads, sizeof *c->key_counts);
-    if (c->rows == NULL || c->segments == NULL || c->key_counts == NULL) {
-        return attn_fail_memory((size_t)n * (sizeof *c->rows + sizeof *c->segments));
+    if (c->key_counts == NULL) {
+        return attn_fail_memory((size_t)info->kv_heads * sizeof *c->key_counts);
     }
-    ATTN_TRY(make_floats(c, n, info->width, &c->x));
-    ATTN_TRY(make_floats(c, n, info->width, &c->h));
-    ATTN_TRY(make_floats(c, n, q_width, &c->q));
-    ATTN_TRY(make_floats(c, n, k_width, &c->k));
-    ATTN_TRY(make_floats(c, n, k_width, &c->v));
-    ATTN_TRY(make_floats(c, n, q_width, &c->mixed));
-    ATTN_TRY(make_floats(c, n, info->hidden, &c->gate));
-    ATTN_TRY(make_floats(c, n, info->hidden, &c->up));
-    for (int i = 0; i < 2 && c->model->ropes[i].frequency != NULL; i++) {
-        ATTN_TRY(make_floats(c, n, c->model->ropes[i].dims, &c->angles[i]));
-    }
+    ATTN_TRY(make_floats(c->buffers, n, info->width, &c->h));
+    ATTN_TRY(make_floats(c->buffers, n, k_width, &c->k));
+    ATTN_TRY(make_floats(c->buffers, n, k_width, &c->v));
+    ATTN_TRY(make_floats(c->buffers, n, info->hidden, &c->gate));
+    ATTN_TRY(make_floats(c->buffers, n, info->hidden, &c->up));
     ATTN_TRY(attn_quant_input_make(&c->in_width, c->buffers, n, info->width));
     ATTN_TRY(attn_quant_input_make(&c->in_heads, c->buffers, n, q_width));
     ATTN_TRY(attn_quant_input_make(&c->in_hidden, c->buffers, n, info->hidden));
     c->in_width.x = c->h;
-    c->in_heads.x = c->mixed;
     c->in_hidden.x = c->gate;
     c->in_logits = c->in_width; /* the last norm comes when nothing else needs the memory */
     c->thread_bytes = attn_quant_scratch_bytes(attn_max_i64(info->width, attn_max_i64(q_width, info->hidden)));
     c->thread_scratch = attn_arena_array(c->buffers, (size_t)c->threads, c->thread_bytes);
-    return c->thread_scratch != NULL ? ATTN_OK : attn_fail_memory((size_t)c->threads * c->thread_bytes);
+    return c->thread_scratch != NULL ? make_wide(c, n) : attn_fail_memory((size_t)c->threads * c->thread_bytes);
 }
 
 attn_status attn_context_create(attn_context **context, const attn_model *model, const attn_context_settings *settings)
@@ -210,17 +242,18 @@ void attn_context_destroy(attn_context *c)
     attn_free(c->lengths);
     attn_free(c->attention);
     attn_arena_destroy(c->buffers);
+    attn_arena_destroy(c->wide);
     attn_arena_destroy(c->scratch);
     attn_free(c->logits);
     attn_free(c);
 }
 
-/* ---- The parts of a layer, run by each thread of a parallel region. `n` rows; barriers between the steps. ---- */
+/* ---- The parts of a layer, run by each thread of a parallel region. Barriers between the steps. ---- */
 
 typedef struct worker {
     attn_context *c;
     const attn_model_layer *layer;
-    int64_t layer_index, n;
+    int64_t layer_index, begin, n; /* rows of the span that make the chunk */
     int thread, threads;
 } worker;
 
@@ -241,7 +274,7 @@ static void norm_rows(const worker *w, const float *weight)
 {
     int64_t width = w->c->model->info.width;
     EACH_ROW(w, r) {
-        kernels()->rms_norm(w->c->x + r * width, weight, width, w->c->model->epsilon, w->c->h + r * width);
+        kernels()->rms_norm(w->c->x + (w->begin + r) * width, weight, width, w->c->model->epsilon, w->c->h + r * width);
         attn_quant_input_row(&w->c->in_width, r);
     }
 #pragma omp barrier
@@ -259,11 +292,11 @@ static void add_rows(const worker *w, float *update, const float *bias, const fl
         if (post_norm != NULL) {
             kernels()->rms_norm(u, post_norm, width, w->c->model->epsilon, u);
         }
-        kernels()->add(w->c->x + r * width, u, width);
+        kernels()->add(w->c->x + (w->begin + r) * width, u, width);
     }
 }
 
-/* Heads of one row: bias, norm, rotation. */
+/* Heads of row r of the span: bias, norm, rotation. */
 static void finish_heads(const worker *w, float *x, int64_t heads, const float *bias, const float *norm, int64_t r)
 {
     int64_t width = w->c->model->info.head_width, half = w->c->model->ropes[w->layer->rope].dims / 2;
@@ -286,19 +319,21 @@ static void before_attention(const worker *w)
     const attn_model_layer *l = w->layer;
     const attn_model_info *info = &c->model->info;
     int64_t q_width = info->heads * info->head_width, k_width = info->kv_heads * info->head_width;
-    const attn_quant_product products[] = {{&l->q, c->q, q_width}, {&l->k, c->k, k_width}, {&l->v, c->v, k_width}};
+    float *q = c->q + w->begin * q_width;
+    const attn_quant_product products[] = {{&l->q, q, q_width}, {&l->k, c->k, k_width}, {&l->v, c->v, k_width}};
     norm_rows(w, l->attention_norm);
     multiply(w, &c->in_width, products, 3);
     EACH_ROW(w, r) {
         float *k = c->k + r * k_width, *v = c->v + r * k_width;
-        finish_heads(w, c->q + r * q_width, info->heads, l->q_bias, l->q_norm, r);
-        finish_heads(w, k, info->kv_heads, l->k_bias, l->k_norm, r);
+        const row *token = &c->rows[w->begin + r];
+        finish_heads(w, q + r * q_width, info->heads, l->q_bias, l->q_norm, w->begin + r);
+        finish_heads(w, k, info->kv_heads, l->k_bias, l->k_norm, w->begin + r);
         if (l->v_bias != NULL) {
             kernels()->add(v, l->v_bias, k_width);
         }
-        attn_kv *kv = cache_of(c, c->rows[r].sequence, w->layer_index);
+        attn_kv *kv = cache_of(c, token->sequence, w->layer_index);
         for (int64_t g = 0; g < info->kv_heads; g++) {
-            attn_kv_store(kv, g, c->rows[r].ahead, k + g * info->head_width, v + g * info->head_width);
+            attn_kv_store(kv, g, token->position, k + g * info->head_width, v + g * info->head_width);
         }
     }
 }
@@ -333,16 +368,21 @@ static void after_attention(const worker *w)
     add_rows(w, c->h, NULL, l->post_ffn_norm);
 }
 
-static void run_part(attn_context *c, int64_t layer, int64_t n, void (*part)(const worker *w))
+/* One part of a layer for rows begin ... begin+n-1 of the span, a chunk at most. */
+static void run_part(attn_context *c, int64_t layer, int64_t begin, int64_t n, void (*part)(const worker *w))
 {
+    double start = seconds_now();
+    c->in_width.tokens = c->in_heads.tokens = c->in_hidden.tokens = n;
+    c->in_heads.x = c->mixed + begin * c->model->info.heads * c->model->info.head_width;
 #pragma omp parallel num_threads(c->threads)
     {
-        worker w = {c, &c->model->layers[layer], layer, n, omp_get_thread_num(), omp_get_num_threads()};
+        worker w = {c, &c->model->layers[layer], layer, begin, n, omp_get_thread_num(), omp_get_num_threads()};
         part(&w);
     }
+    c->stats.linear_seconds += seconds_now() - start;
 }
 
-/* ---- A chunk ---- */
+/* ---- A span ---- */
 
 static void embed(attn_context *c, int64_t n)
 {
@@ -366,26 +406,13 @@ static void embed(attn_context *c, int64_t n)
     }
 }
 
-/* Cosines and sines of all rows: those of a segment's first row, turned on by one position for each next row. */
+/* Cosines and sines of all rows. */
 static void fill_angles(attn_context *c, int which, int64_t segment_count)
 {
     const attn_rope *rope = &c->model->ropes[which];
-    int64_t half = rope->dims / 2;
-#pragma omp parallel for num_threads(c->threads) schedule(static) if (segment_count == 1 && c->segments[0].count > 8)
-    for (int64_t i = 0; i < half; i++) {
-        double step_c = cos(rope->frequency[i]), step_s = sin(rope->frequency[i]);
-        for (int64_t s = 0; s < segment_count; s++) {
-            const segment *seg = &c->segments[s];
-            double angle = (double)rope->frequency[i] * (double)seg->position, re = cos(angle), im = sin(angle);
-            float *to = c->angles[which] + seg->begin * 2 * half + i;
-            for (int64_t r = 0; r < seg->count; r++, to += 2 * half) {
-                to[0] = (float)re * rope->magnitude;
-                to[half] = (float)im * rope->magnitude;
-                double next = re * step_c - im * step_s;
-                im = re * step_s + im * step_c;
-                re = next;
-            }
-        }
+    for (int64_t s = 0; s < segment_count; s++) {
+        const segment *seg = &c->segments[s];
+        attn_rope_angles(rope, seg->position, 1, seg->count, rope->magnitude, c->threads, c->angles[which] + seg->begin * rope->dims);
     }
 }
 
@@ -430,10 +457,8 @@ static attn_status attend(attn_context *c, int64_t layer, const segment *s)
         most = attn_max_i64(most, c->key_counts[g]);
         c->stats.attention_flops +=
             4.0 * (double)(info->head_width * group) * count_pairs(kv->counts[g], s->count, kv->window);
-        for (int64_t i = 0; i < s->count && kv->positions != NULL; i++) {
-            kv->positions[g][kv->counts[g] + i] = s->position + i;
-        }
     }
+    attn_kv_announce(kv, s->count);
     attn_llm_call call = {
         .model = c->model, .layer = (int)layer, .sequence = s->sequence, .position = s->position,
         .q = row_view(c->q + s->begin * q_width, info->heads, s->count, info->head_width),
@@ -449,33 +474,93 @@ static attn_status attend(attn_context *c, int64_t layer, const segment *s)
         call.v_scale = cache_view(kv, kv->v_scale, ATTN_F32, most, 1);
     }
     attn_status (*compute)(void *, const attn_llm_call *) = s->count > 1 ? mechanism->prefill : mechanism->decode;
-    return compute != NULL ? compute(mechanism->user, &call) : attn_llm_exact(&call, 0, info->kv_heads);
+    double start = seconds_now();
+    attn_status status = compute != NULL ? compute(mechanism->user, &call) : attn_llm_exact(&call, 0, info->kv_heads);
+    c->stats.attention_seconds += seconds_now() - start;
+    return status;
+}
+
+/* The part of a segment that lies in rows begin ... begin+n-1; count below 1 when none does. */
+static segment cut(const segment *s, int64_t begin, int64_t n)
+{
+    int64_t first = attn_max_i64(s->begin, begin), end = attn_min_i64(s->begin + s->count, begin + n);
+    return (segment){s->sequence, first, end - first, s->position + first - s->begin};
+}
+
+/* A layer, chunk after chunk. */
+static attn_status run_chunks(attn_context *c, int64_t layer, int64_t n, int64_t segment_count)
+{
+    int64_t chunk = c->settings.chunk;
+    for (int64_t begin = 0; begin < n; begin += chunk) {
+        int64_t rows = attn_min_i64(chunk, n - begin);
+        for (int64_t s = 0; s < segment_count; s++) {
+            segment piece = cut(&c->segments[s], begin, rows);
+            if (piece.count > 0) {
+                attn_kv *kv = cache_of(c, piece.sequence, layer);
+                attn_kv_advance(kv, piece.position); /* past the chunks before */
+                ATTN_TRY(attn_kv_reserve(kv, piece.count));
+            }
+        }
+        run_part(c, layer, begin, rows, before_attention);
+        for (int64_t s = 0; s < segment_count; s++) {
+            segment piece = cut(&c->segments[s], begin, rows);
+            if (piece.count > 0) {
+                ATTN_TRY(attend(c, layer, &piece));
+            }
+        }
+        run_part(c, layer, begin, rows, after_attention);
+    }
+    return ATTN_OK;
+}
+
+/* A layer whose mechanism sees all queries of the span. */
+static attn_status run_together(attn_context *c, int64_t layer, int64_t n, int64_t segment_count)
+{
+    int64_t chunk = c->settings.chunk;
+    for (int64_t s = 0; s < segment_count; s++) {
+        ATTN_TRY(attn_kv_reserve(cache_of(c, c->segments[s].sequence, layer), c->segments[s].count));
+    }
+    for (int64_t begin = 0; begin < n; begin += chunk) {
+        run_part(c, layer, begin, attn_min_i64(chunk, n - begin), before_attention);
+    }
+    for (int64_t s = 0; s < segment_count; s++) {
+        ATTN_TRY(attend(c, layer, &c->segments[s]));
+    }
+    for (int64_t begin = 0; begin < n; begin += chunk) {
+        run_part(c, layer, begin, attn_min_i64(chunk, n - begin), after_attention);
+    }
+    return ATTN_OK;
 }
 
 static attn_status run_layers(attn_context *c, int64_t n, int64_t segment_count, double done, double share)
 {
     int64_t layers = c->model->info.layers;
-    c->in_width.tokens = c->in_heads.tokens = c->in_hidden.tokens = n;
     for (int64_t layer = 0; layer < layers; layer++) {
         if (c->settings.progress != NULL &&
             c->settings.progress(c->settings.user, done + share * (double)layer / (double)layers) != 0) {
             return attn_fail(ATTN_ERR_CANCELLED, "evaluation was cancelled");
         }
-        for (int64_t s = 0; s < segment_count; s++) {
-            ATTN_TRY(attn_kv_reserve(cache_of(c, c->segments[s].sequence, layer), c->segments[s].count));
-        }
-        double start = seconds_now();
-        run_part(c, layer, n, before_attention);
-        double middle = seconds_now();
-        for (int64_t s = 0; s < segment_count; s++) {
-            ATTN_TRY(attend(c, layer, &c->segments[s]));
-        }
-        double end = seconds_now();
-        run_part(c, layer, n, after_attention);
-        c->stats.attention_seconds += end - middle;
-        c->stats.linear_seconds += middle - start + seconds_now() - end;
+        int together = c->attention[layer].span > 0 && c->model->layers[layer].window == 0;
+        ATTN_TRY((together ? run_together : run_chunks)(c, layer, n, segment_count));
     }
     return ATTN_OK;
+}
+
+/* Back to what the sequences held before a span that failed, where some layers may have gone on already. One whose layers have
+ * forgotten too much for that is cleared. */
+static void roll_back(attn_context *c, int64_t segment_count)
+{
+    for (int64_t s = 0; s < segment_count; s++) {
+        int sequence = c->segments[s].sequence;
+        int64_t length = c->lengths[sequence];
+        for (int64_t l = 0; l < c->model->info.layers; l++) {
+            length = attn_kv_truncate(cache_of(c, sequence, l), length, 1) == ATTN_OK ? length : 0;
+        }
+        for (int64_t l = 0; l < c->model->info.layers; l++) {
+            attn_kv_truncate(cache_of(c, sequence, l), length, 0);
+        }
+        c->lengths[sequence] = length;
+    }
 }
 
 static void commit(attn_context *c, int64_t segment_count)
@@ -483,7 +568,7 @@ static void commit(attn_context *c, int64_t segment_count)
     for (int64_t s = 0; s < segment_count; s++) {
         const segment *seg = &c->segments[s];
         for (int64_t l = 0; l < c->model->info.layers; l++) {
-            attn_kv_advance(cache_of(c, seg->sequence, l), seg->count, seg->position);
+            attn_kv_advance(cache_of(c, seg->sequence, l), seg->position + seg->count);
         }
         c->lengths[seg->sequence] += seg->count;
         c->stats.tokens += seg->count;
@@ -536,7 +621,7 @@ static void compute_logits(attn_context *c, const int64_t *from, int64_t count, 
     float cap = c->model->output_softcap;
 #pragma omp parallel num_threads(c->threads)
     {
-        worker w = {c, NULL, 0, count, omp_get_thread_num(), omp_get_num_threads()};
+        worker w = {c, NULL, 0, 0, count, omp_get_thread_num(), omp_get_num_threads()};
         multiply(&w, &c->in_logits, &product, 1);
         if (cap > 0) {
 #pragma omp for schedule(static)
@@ -548,12 +633,16 @@ static void compute_logits(attn_context *c, const int64_t *from, int64_t count, 
     c->stats.linear_seconds += seconds_now() - start;
 }
 
-/* All rows of the chunk, a few at a time. */
+/* Rows whose logits are computed together: a chunk's buffers hold what is on the way. */
+static int64_t each_rows(const attn_context *c) { return attn_min_i64(EACH_ROWS, c->settings.chunk); }
+
+/* All rows of the span, a few at a time. */
 static attn_status give_each(attn_context *c, int64_t n, attn_context_each each, void *user)
 {
-    ATTN_TRY(reserve_logits(c, attn_min_i64(n, EACH_ROWS)));
-    for (int64_t begin = 0; begin < n; begin += EACH_ROWS) {
-        int64_t count = attn_min_i64(EACH_ROWS, n - begin), from[EACH_ROWS];
+    int64_t most = each_rows(c);
+    ATTN_TRY(reserve_logits(c, attn_min_i64(n, most)));
+    for (int64_t begin = 0; begin < n; begin += most) {
+        int64_t count = attn_min_i64(most, n - begin), from[EACH_ROWS];
         for (int64_t i = 0; i < count; i++) {
             from[i] = begin + i;
         }
@@ -576,7 +665,7 @@ static void answer_last(attn_context *c, int64_t n, const attn_context_batch *ba
         if (c->rows[r].index == batch[c->rows[r].item].count - 1) {
             from[count++] = r;
         }
-        if (count == EACH_ROWS || (r == n - 1 && count > 0)) {
+        if (count == each_rows(c) || (r == n - 1 && count > 0)) {
             compute_logits(c, from, count, c->logits + c->answered * c->model->info.vocabulary);
             c->answered += (int)count;
             count = 0;
@@ -585,6 +674,17 @@ static void answer_last(attn_context *c, int64_t n, const attn_context_batch *ba
 }
 
 /* ---- Evaluation ---- */
+
+/* Tokens that a sequence may still get. */
+static int64_t room_of(const attn_context *c, int sequence)
+{
+    for (int64_t l = 0; l < c->model->info.layers; l++) {
+        if (c->model->layers[l].window == 0 && !c->attention[l].endless) {
+            return c->settings.length - c->lengths[sequence];
+        }
+    }
+    return INT64_MAX - c->lengths[sequence];
+}
 
 static attn_status check_batch(const attn_context *c, const attn_context_batch *batch, int count)
 {
@@ -597,10 +697,10 @@ static attn_status check_batch(const attn_context *c, const attn_context_batch *
             return attn_fail(ATTN_ERR_ARGUMENT, "batch[%d].sequence is %d, the context has %d", i, s,
                              c->settings.sequences);
         }
-        if (batch[i].count < 1 || batch[i].tokens == NULL || batch[i].count > c->settings.length - c->lengths[s]) {
+        if (batch[i].count < 1 || batch[i].tokens == NULL || batch[i].count > room_of(c, s)) {
             return attn_fail(ATTN_ERR_ARGUMENT,
                              "batch[%d].count is %lld, expected 1 to %lld (sequence %d holds %lld tokens)", i,
-                             (long long)batch[i].count, (long long)(c->settings.length - c->lengths[s]), s,
+                             (long long)batch[i].count, (long long)room_of(c, s), s,
                              (long long)c->lengths[s]);
         }
         for (int64_t t = 0; t < batch[i].count; t++) {
@@ -619,17 +719,17 @@ static attn_status check_batch(const attn_context *c, const attn_context_batch *
 }
 
 /* The next rows of the batch, from token *token of item *item on. */
-static int64_t next_chunk(attn_context *c, const attn_context_batch *batch, int count, int *item, int64_t *token,
+static int64_t next_span(attn_context *c, const attn_context_batch *batch, int count, int *item, int64_t *token,
                           int64_t *segment_count)
 {
     int64_t n = 0;
     *segment_count = 0;
-    while (n < c->settings.chunk && *item < count) {
+    while (n < c->span && *item < count) {
         const attn_context_batch *b = &batch[*item];
-        int64_t take = attn_min_i64(b->count - *token, c->settings.chunk - n), position = c->lengths[b->sequence];
+        int64_t take = attn_min_i64(b->count - *token, c->span - n), position = c->lengths[b->sequence];
         c->segments[(*segment_count)++] = (segment){b->sequence, n, take, position};
         for (int64_t i = 0; i < take; i++) {
-            c->rows[n++] = (row){b->tokens[*token + i], b->sequence, *item, *token + i, i, position + i};
+            c->rows[n++] = (row){b->tokens[*token + i], b->sequence, *item, *token + i, position + i};
         }
         *token += take;
         if (*token == b->count) {
@@ -653,12 +753,16 @@ static attn_status eval(attn_context *c, const attn_context_batch *batch, int co
         ATTN_TRY(reserve_logits(c, count));
     }
     while (item < count) {
-        int64_t n = next_chunk(c, batch, count, &item, &token, &segment_count);
+        int64_t n = next_span(c, batch, count, &item, &token, &segment_count);
         embed(c, n);
         for (int i = 0; i < 2 && c->angles[i] != NULL; i++) {
             fill_angles(c, i, segment_count);
         }
-        ATTN_TRY(run_layers(c, n, segment_count, (double)done / (double)total, (double)n / (double)total));
+        attn_status status = run_layers(c, n, segment_count, (double)done / (double)total, (double)n / (double)total);
+        if (status != ATTN_OK) {
+            roll_back(c, segment_count);
+            return status;
+        }
         commit(c, segment_count);
         ATTN_TRY(update_caches(c, segment_count));
         if (each != NULL) {
@@ -703,14 +807,13 @@ int64_t attn_context_length(const attn_context *context, int sequence)
 attn_status attn_context_truncate(attn_context *c, int sequence, int64_t length)
 {
     ATTN_TRY(check_sequence(c, "sequence", sequence));
-    int64_t seen = c->lengths[sequence];
-    if (length < 0 || length > seen) {
+    if (length < 0 || length > c->lengths[sequence]) {
         return attn_fail(ATTN_ERR_ARGUMENT, "length is %lld, the sequence holds %lld tokens", (long long)length,
-                         (long long)seen);
+                         (long long)c->lengths[sequence]);
     }
     for (int only_check = 1; only_check >= 0; only_check--) {
         for (int64_t l = 0; l < c->model->info.layers; l++) {
-            ATTN_TRY(attn_kv_truncate(cache_of(c, sequence, l), length, seen, only_check));
+            ATTN_TRY(attn_kv_truncate(cache_of(c, sequence, l), length, only_check));
         }
     }
     c->lengths[sequence] = length;
@@ -748,9 +851,21 @@ attn_status attn_context_set_attention(attn_context *c, int layer, const attn_ll
     if (layer != -1) {
         ATTN_TRY(check_layer(c, layer));
     }
+    if (attention != NULL && attention->span < 0) {
+        return attn_fail(ATTN_ERR_ARGUMENT, "attention->span is %lld, expected at least 0", (long long)attention->span);
+    }
+    int64_t span = c->settings.chunk;
+    attn_llm_attention set = attention != NULL ? *attention : (attn_llm_attention){0};
+    for (int64_t l = 0; l < c->model->info.layers; l++) {
+        span = attn_max_i64(span, layer == -1 || layer == l ? set.span : c->attention[l].span);
+    }
+    span = attn_min_i64(span, c->settings.length * c->settings.sequences);
+    if (span != c->span) {
+        ATTN_TRY(make_wide(c, span));
+    }
     for (int64_t l = 0; l < c->model->info.layers; l++) {
         if (layer == -1 || layer == l) {
-            c->attention[l] = attention != NULL ? *attention : (attn_llm_attention){0};
+            c->attention[l] = set;
         }
     }
     return ATTN_OK;
@@ -765,7 +880,7 @@ attn_status attn_context_keep(attn_context *c, int sequence, int layer, int64_t 
         return attn_fail(ATTN_ERR_ARGUMENT, "kv_head is %lld and count %lld, the model has %lld key heads",
                          (long long)kv_head, (long long)count, (long long)c->model->info.kv_heads);
     }
-    return attn_kv_keep(cache_of(c, sequence, layer), kv_head, indices, count, c->lengths[sequence]);
+    return attn_kv_keep(cache_of(c, sequence, layer), kv_head, indices, count);
 }
 
 int64_t attn_context_keys(const attn_context *c, int sequence, int layer, int64_t kv_head)

@@ -49,6 +49,8 @@ static inline const attn_quant_matrix *attn_model_output(const attn_model *model
 attn_status attn_rope_make(attn_rope *rope, const attn_gguf *file, const char *prefix, int64_t head_width,
                            int64_t context_length, double base, int scaled);
 void attn_rope_free(attn_rope *rope);
+/* Cosines and sines, times `magnitude`, of `count` positions from `position` on, each `step` further: [count][cosine, sine][dims / 2]. */
+void attn_rope_angles(const attn_rope *rope, int64_t position, int64_t step, int64_t count, float magnitude, int threads, float *to);
 
 /* Metadata with a default, for "PREFIX.NAME"; an existing value of another kind or out of range is an error. */
 attn_status attn_model_int(const attn_gguf *file, const char *prefix, const char *name, int64_t standard, int64_t least,

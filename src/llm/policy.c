@@ -2,7 +2,8 @@
 #include <attn/plan.h>
 #include <attn/policy.h>
 
-#include "core/internal.h"
+#include "kernel/rows.h"
+#include "llm/model.h"
 
 #include <cjson/cJSON.h>
 #include <math.h>
@@ -14,11 +15,16 @@ enum { PROMPT, GENERATION, PHASES };
 
 static const char *const phase_names[PHASES] = {"prompt", "generation"};
 
+/* Queries that mechanisms which choose keys for many of them see together: a choice is as dear for a chunk as for all of these. */
+#define SPAN 8192
+
 /* A mechanism that some heads use. `op` is made on first use, when the model's scale of the scores is known. */
 typedef struct mechanism {
-    char *spec;
-    attn_op *op;
+    char *spec, *op_spec;  /* as given, and without what concerns the cache alone */
+    attn_op *op, *lead_op; /* of the rows before those that `op` can take; NULL: `op` too */
     int64_t sinks, recent; /* of `streaming`; recent 0 for all others */
+    int64_t block;         /* of `flexprefill`, whose first query must stand at a multiple of it; 0 for all others */
+    int renumber;          /* positions=cache */
     int exact;
 } mechanism;
 
@@ -98,6 +104,65 @@ static int is_name(const char *spec, const char *name)
     return strncmp(spec, name, length) == 0 && (spec[length] == '\0' || spec[length] == ':');
 }
 
+/* Cut positions=original|cache out of a SPEC of `streaming`. */
+static attn_status take_positions(char *spec, int *renumber)
+{
+    static const char key[] = "positions=";
+    const size_t length = sizeof key - 1;
+    for (char *at = strchr(spec, ':'), *item; at != NULL; at = strchr(at + 1, ',')) {
+        item = at + 1;
+        if (strncmp(item, key, length) != 0) {
+            continue;
+        }
+        const char *value = item + length;
+        size_t bytes = strcspn(value, ",");
+        *renumber = bytes == 5 && strncmp(value, "cache", 5) == 0;
+        if (!*renumber && !(bytes == 8 && strncmp(value, "original", 8) == 0)) {
+            return attn_fail(ATTN_ERR_ARGUMENT, "streaming: positions is '%.*s', expected original or cache", (int)attn_min_i64((int64_t)bytes, 40), value);
+        }
+        if (value[bytes] == ',') {
+            memmove(item, value + bytes + 1, strlen(value + bytes + 1) + 1);
+        } else {
+            *at = '\0';
+        }
+        break;
+    }
+    return ATTN_OK;
+}
+
+static void free_mechanism(mechanism *m)
+{
+    attn_op_destroy(m->op);
+    attn_op_destroy(m->lead_op);
+    attn_free(m->spec);
+    attn_free(m->op_spec);
+}
+
+/* Check a SPEC and take it apart; what was made is freed by the caller, also on failure. */
+static attn_status read_mechanism(mechanism *m, const char *spec)
+{
+    *m = (mechanism){.spec = attn_strdup(spec), .op_spec = attn_strdup(spec), .exact = strcmp(spec, "dense") == 0};
+    if (m->spec == NULL || m->op_spec == NULL) {
+        return attn_fail_memory(strlen(spec) + 1);
+    }
+    int streaming = is_name(spec, "streaming");
+    if (streaming) {
+        ATTN_TRY(take_positions(m->op_spec, &m->renumber));
+    }
+    attn_op *op;
+    ATTN_TRY(attn_op_create(&op, m->op_spec));
+    attn_status status = check_ports(attn_op_get_info(op));
+    attn_op_destroy(op);
+    if (streaming) {
+        m->sinks = spec_number(spec, "sinks", 4);
+        m->recent = spec_number(spec, "recent", 1024);
+    }
+    if (is_name(spec, "flexprefill")) {
+        m->block = spec_number(spec, "block", 128);
+    }
+    return status;
+}
+
 /* Index of a SPEC's mechanism, added when it is new. */
 static attn_status add_mechanism(attn_policy *policy, const char *spec, int *index)
 {
@@ -107,53 +172,39 @@ static attn_status add_mechanism(attn_policy *policy, const char *spec, int *ind
             return ATTN_OK;
         }
     }
-    attn_op *op;
-    ATTN_TRY(attn_op_create(&op, spec));
-    attn_status status = check_ports(attn_op_get_info(op));
-    attn_op_destroy(op);
-    ATTN_TRY(status);
     size_t bytes = (size_t)policy->mechanism_count * sizeof(mechanism);
     mechanism *grown = attn_realloc(policy->mechanisms, bytes, bytes + sizeof(mechanism));
     if (grown == NULL) {
         return attn_fail_memory(bytes + sizeof(mechanism));
     }
     policy->mechanisms = grown;
-    mechanism *made = &grown[policy->mechanism_count];
-    *made = (mechanism){.spec = attn_strdup(spec), .exact = strcmp(spec, "dense") == 0};
-    if (made->spec == NULL) {
-        return attn_fail_memory(strlen(spec) + 1);
-    }
-    if (is_name(spec, "streaming")) {
-        made->sinks = spec_number(spec, "sinks", 4);
-        made->recent = spec_number(spec, "recent", 1024);
-    }
     *index = policy->mechanism_count++;
-    return ATTN_OK;
+    return read_mechanism(&grown[*index], spec);
 }
 
-/* The operator with the model's scale and causality, unless the SPEC gives its own. */
-static attn_status make_op(mechanism *m, double scale)
+/* A SPEC's operator with the model's scale and causality, unless it gives its own. */
+static attn_status make_op(attn_op **op, const char *spec, double scale)
 {
     attn_op *plain;
-    ATTN_TRY(attn_op_create(&plain, m->spec));
+    ATTN_TRY(attn_op_create(&plain, spec));
     const attn_op_info *info = attn_op_get_info(plain);
-    size_t bytes = strlen(m->spec) + 80;
+    size_t bytes = strlen(spec) + 80;
     char *full = attn_alloc(bytes);
     if (full == NULL) {
         attn_op_destroy(plain);
         return attn_fail_memory(bytes);
     }
-    int used = snprintf(full, bytes, "%s", m->spec);
-    const char *join = strchr(m->spec, ':') != NULL ? "," : ":";
-    if (has_param(info, "scale") && strstr(m->spec, "scale=") == NULL) {
+    int used = snprintf(full, bytes, "%s", spec);
+    const char *join = strchr(spec, ':') != NULL ? "," : ":";
+    if (has_param(info, "scale") && strstr(spec, "scale=") == NULL) {
         used += snprintf(full + used, bytes - (size_t)used, "%sscale=%.17g", join, scale);
         join = ",";
     }
-    if (has_param(info, "causal") && strstr(m->spec, "causal=") == NULL) {
+    if (has_param(info, "causal") && strstr(spec, "causal=") == NULL) {
         snprintf(full + used, bytes - (size_t)used, "%scausal=true", join);
     }
     attn_op_destroy(plain);
-    attn_status status = attn_op_create(&m->op, full);
+    attn_status status = attn_op_create(op, full);
     attn_free(full);
     return status;
 }
@@ -360,8 +411,7 @@ void attn_policy_destroy(attn_policy *policy)
         return;
     }
     for (int i = 0; i < policy->mechanism_count; i++) {
-        attn_op_destroy(policy->mechanisms[i].op);
-        attn_free(policy->mechanisms[i].spec);
+        free_mechanism(&policy->mechanisms[i]);
     }
     attn_free(policy->mechanisms);
     attn_free(policy->layer);
@@ -371,7 +421,7 @@ void attn_policy_destroy(attn_policy *policy)
 
 /* ---- Running ---- */
 
-/* Heads begin ... begin+count-1 of a [heads, rows, D] view as [1, count, rows, D], rows cut to `rows`. */
+/* Heads begin ... begin+count-1 of a [heads, rows, D] view as [1, count, rows, D], rows first_row ... first_row+rows-1. */
 static attn_tensor head_range(const attn_tensor *all, int64_t begin, int64_t count, int64_t first_row, int64_t rows)
 {
     attn_tensor view = {.dtype = all->dtype, .ndim = 4};
@@ -384,57 +434,173 @@ static attn_tensor head_range(const attn_tensor *all, int64_t begin, int64_t cou
     return view;
 }
 
-/* The pairs that a mechanism computes for `heads` query heads: of its selection, or by its own account; unchanged when it gives neither. */
-static void count_pairs(const attn_op *op, const attn_named_tensor in[3], double heads, const attn_exec *exec, double *pairs)
+/* ---- Query heads h ... h+count-1, which share one mechanism and read whole key heads or a part of one ---- */
+
+typedef struct head_run {
+    const attn_llm_call *call;
+    const mechanism *m;
+    int64_t h, count, kv, kv_count;
+    int64_t n, keys; /* queries, and the keys that the last one sees */
+    double *pairs;   /* those that were computed are added; NULL: not counted */
+} head_run;
+
+/* The pairs of a mechanism: of its selection, or by its own account, or `otherwise`. */
+static double count_pairs(const attn_op *op, const attn_named_tensor in[3], double otherwise, const attn_exec *exec)
 {
     attn_plan *plan;
     attn_cost cost;
     if (attn_op_select(op, in, 3, &plan, exec) == ATTN_OK) {
         attn_plan_measures measures;
         attn_plan_measure(plan, 1, 1, &measures);
-        *pairs = measures.pairs * heads / (double)attn_plan_get_layout(plan)->shape.heads;
+        double pairs = measures.pairs * (double)in[0].tensor.shape[1] / (double)attn_plan_get_layout(plan)->shape.heads;
         attn_plan_destroy(plan);
-    } else if (attn_op_cost(op, in, 3, &cost) == ATTN_OK) {
-        *pairs = cost.pairs;
+        return pairs;
+    }
+    return attn_op_cost(op, in, 3, &cost) == ATTN_OK ? cost.pairs : otherwise;
+}
+
+/* Queries first ... end-1 by an operator. */
+static attn_status run_rows(const head_run *r, const attn_op *op, int64_t first, int64_t end)
+{
+    const attn_llm_call *call = r->call;
+    int64_t rows = end - first, keys = r->keys - (r->n - end);
+    if (rows <= 0) {
+        return ATTN_OK;
+    }
+    attn_named_tensor in[] = {{"q", head_range(&call->q, r->h, r->count, first, rows)},
+                              {"k", head_range(&call->k, r->kv, r->kv_count, 0, keys)},
+                              {"v", head_range(&call->v, r->kv, r->kv_count, 0, keys)}};
+    attn_named_tensor out = {"o", head_range(&call->o, r->h, r->count, first, rows)};
+    ATTN_TRY(attn_op_forward(op, in, 3, &out, 1, &call->exec));
+    if (r->pairs != NULL) {
+        *r->pairs += count_pairs(op, in, (double)r->count * (double)rows * ((double)keys - (double)(rows - 1) / 2), &call->exec);
+    }
+    return ATTN_OK;
+}
+
+/* o, of scores with log-sum-exp lse, takes in the result `more` over other keys: [count][rows] rows. */
+static void merge(attn_tensor *o, const float *lse, const attn_tensor *more, const float *more_lse, int threads)
+{
+    int64_t heads = o->shape[1], rows = o->shape[2], width = o->shape[3];
+#pragma omp parallel for collapse(2) schedule(static) num_threads(threads) if (rows > 8)
+    for (int64_t h = 0; h < heads; h++) {
+        for (int64_t i = 0; i < rows; i++) {
+            float *to = (float *)o->data + h * o->stride[1] + i * o->stride[2];
+            const float *from = (const float *)more->data + (h * rows + i) * width;
+            float share = 1 / (1 + expf(lse[h * rows + i] - more_lse[h * rows + i]));
+            for (int64_t c = 0; c < width; c++) {
+                to[c] += share * (from[c] - to[c]);
+            }
+        }
     }
 }
 
-/* Query heads h ... h+count-1, which share one mechanism and read whole key heads or a part of one. */
+/* Queries first ... n-1 of `streaming` with positions=cache, all of which stand at sinks + recent or later. To them it looks as if the
+ * recent keys followed the sinks at once. Distances to recent keys are the true ones; the sinks are sinks + recent - 1 before the query,
+ * so for these the query turns back to that position. Cached keys never change. */
+static attn_status run_renumbered(const head_run *r, int64_t first)
+{
+    const attn_llm_call *call = r->call;
+    const attn_model *model = call->model;
+    const attn_rope *rope = &model->ropes[model->layers[call->layer].rope];
+    const attn_row_kernels *kernels = ATTN_KERNEL_SELECT(attn_row_kernels_table, attn_isa_current());
+    int64_t rows = r->n - first, half = rope->dims / 2, d = model->info.head_width, sinks = r->m->sinks, all = r->count * rows;
+    if (rows <= 0) {
+        return ATTN_OK;
+    }
+    attn_arena *arena = call->exec.arena;
+    float *angles = attn_arena_array(arena, (size_t)rows, (size_t)rope->dims * sizeof(float));
+    float *turned = attn_arena_array(arena, (size_t)all, (size_t)d * sizeof(float));
+    float *beside = attn_arena_array(arena, (size_t)all, (size_t)d * sizeof(float));
+    float *lse = attn_arena_array(arena, (size_t)all, 2 * sizeof(float));
+    if (angles == NULL || turned == NULL || beside == NULL || lse == NULL) {
+        return attn_fail_memory((size_t)(all * d) * 2 * sizeof(float));
+    }
+    attn_rope_angles(rope, sinks + r->m->recent - 1 - (call->position + first), -1, rows, 1, call->exec.threads, angles);
+    attn_tensor q = head_range(&call->q, r->h, r->count, first, rows), o = head_range(&call->o, r->h, r->count, first, rows);
+#pragma omp parallel for collapse(2) schedule(static) num_threads(call->exec.threads) if (rows > 8)
+    for (int64_t h = 0; h < r->count; h++) {
+        for (int64_t i = 0; i < rows; i++) {
+            float *to = turned + (h * rows + i) * d;
+            memcpy(to, (const float *)q.data + h * q.stride[1] + i * q.stride[2], (size_t)d * sizeof *to);
+            kernels->rotate(to, half, angles + i * rope->dims, angles + i * rope->dims + half);
+        }
+    }
+    attn_dense_settings settings;
+    attn_dense_defaults(&settings);
+    settings.scale = call->scale;
+    const int64_t shape[] = {1, r->count, rows, d};
+    attn_tensor beside_view = attn_tensor_make(beside, ATTN_F32, 4, shape);
+    attn_tensor beside_lse = attn_tensor_make(lse, ATTN_F32, 3, shape), recent_lse = attn_tensor_make(lse + all, ATTN_F32, 3, shape);
+    attn_dense_inputs in = {.q = attn_tensor_make(turned, ATTN_F32, 4, shape),
+                            .k = head_range(&call->k, r->kv, r->kv_count, 0, sinks),
+                            .v = head_range(&call->v, r->kv, r->kv_count, 0, sinks)};
+    ATTN_TRY(attn_dense_forward(&settings, &in, &beside_view, &beside_lse, &call->exec));
+    settings.causal = 1;
+    settings.window[0] = r->m->recent - 1;
+    in.q = q;
+    in.k = head_range(&call->k, r->kv, r->kv_count, sinks, r->keys - sinks);
+    in.v = head_range(&call->v, r->kv, r->kv_count, sinks, r->keys - sinks);
+    ATTN_TRY(attn_dense_forward(&settings, &in, &o, &recent_lse, &call->exec));
+    merge(&o, lse + all, &beside_view, lse, call->exec.threads);
+    if (r->pairs != NULL) {
+        *r->pairs += (double)all * (double)(sinks + r->m->recent);
+    }
+    return ATTN_OK;
+}
+
+/* The operators, when they are needed for the first time. */
+static attn_status prepare(mechanism *m, double scale)
+{
+    if (m->op == NULL) {
+        ATTN_TRY(make_op(&m->op, m->op_spec, scale));
+    }
+    return m->block > 0 && m->lead_op == NULL ? make_op(&m->lead_op, "dense", scale) : ATTN_OK;
+}
+
+static attn_status run_mechanism(const head_run *r)
+{
+    const attn_llm_call *call = r->call;
+    const mechanism *m = r->m;
+    if (call->softcap != 0) {
+        return attn_fail(ATTN_ERR_UNSUPPORTED, "%s cannot replace attention with soft-capped scores", m->spec);
+    }
+    if (call->k.dtype == ATTN_I8) {
+        return attn_fail(ATTN_ERR_UNSUPPORTED, "%s needs a cache in f32, f16 or bf16", m->spec);
+    }
+    if (m->renumber && m->sinks > 0) {
+        /* Queries that see all keys before them need no new numbers. */
+        int64_t lead = attn_max_i64(0, attn_min_i64(r->n, m->sinks + m->recent - call->position));
+        ATTN_TRY(run_rows(r, m->op, 0, lead));
+        attn_arena_mark mark = attn_arena_get_mark(call->exec.arena);
+        attn_status status = run_renumbered(r, lead);
+        attn_arena_release(call->exec.arena, mark);
+        return status;
+    }
+    int64_t over = m->block > 0 ? (r->keys - r->n) % m->block : 0, lead = over > 0 ? attn_min_i64(r->n, m->block - over) : 0;
+    ATTN_TRY(run_rows(r, m->lead_op, 0, lead));
+    return run_rows(r, m->op, lead, r->n);
+}
+
 static attn_status run_heads(attn_policy *policy, const attn_llm_call *call, mechanism *m, int64_t h, int64_t count, int phase)
 {
     int64_t group = policy->heads / policy->kv_heads, kv = h / group, kv_count = attn_ceil_div(count, group);
-    int64_t n = call->q.shape[1], keys = call->key_counts[kv];
-    double exact = 0;
-    for (int64_t i = kv; i < kv + kv_count && policy->counting; i++) {
-        double all = (double)(call->position + n); /* what exact attention would hold */
-        exact += ((double)n * all - (double)n * (double)(n - 1) / 2) * (double)(count / kv_count);
-    }
-    double pairs = exact;
+    double n = (double)call->q.shape[1], all = (double)call->position + n; /* the keys that exact attention would hold */
+    double exact = (double)count * (n * all - n * (n - 1) / 2), pairs = 0;
+    head_run r = {call, m, h, count, kv, kv_count, call->q.shape[1], call->key_counts[kv], policy->counting ? &pairs : NULL};
     if (m->exact && count == kv_count * group) {
         ATTN_TRY(attn_llm_exact(call, kv, kv + kv_count));
+        pairs = exact;
     } else {
-        if (call->softcap != 0) {
-            return attn_fail(ATTN_ERR_UNSUPPORTED, "%s cannot replace attention with soft-capped scores", m->spec);
-        }
-        if (call->k.dtype == ATTN_I8) {
-            return attn_fail(ATTN_ERR_UNSUPPORTED, "%s needs a cache in f32, f16 or bf16", m->spec);
-        }
-        if (m->op == NULL) {
-            ATTN_TRY(make_op(m, call->scale));
-        }
-        attn_named_tensor in[] = {{"q", head_range(&call->q, h, count, 0, n)},
-                                  {"k", head_range(&call->k, kv, kv_count, 0, keys)},
-                                  {"v", head_range(&call->v, kv, kv_count, 0, keys)}};
-        attn_named_tensor out = {"o", head_range(&call->o, h, count, 0, n)};
-        ATTN_TRY(attn_op_forward(m->op, in, 3, &out, 1, &call->exec));
-        if (policy->counting) {
-            count_pairs(m->op, in, (double)count, &call->exec, &pairs);
-        }
+        ATTN_TRY(prepare(m, call->scale));
+        ATTN_TRY(run_mechanism(&r));
     }
-    double *done = phase == PROMPT ? &policy->stats.prompt_pairs : &policy->stats.generation_pairs;
-    double *full = phase == PROMPT ? &policy->stats.prompt_exact_pairs : &policy->stats.generation_exact_pairs;
-    *done += pairs;
-    *full += exact;
+    if (policy->counting) {
+        double *done = phase == PROMPT ? &policy->stats.prompt_pairs : &policy->stats.generation_pairs;
+        double *full = phase == PROMPT ? &policy->stats.prompt_exact_pairs : &policy->stats.generation_exact_pairs;
+        *done += pairs;
+        *full += exact;
+    }
     return ATTN_OK;
 }
 
@@ -531,7 +697,12 @@ attn_status attn_policy_use(attn_policy *policy, attn_context *context)
         return attn_context_set_attention(context, -1, NULL);
     }
     for (int64_t l = 0; l < policy->layers; l++) {
-        attn_llm_attention attention = {on_prefill, on_decode, on_update, &policy->layer[l]};
+        attn_llm_attention attention = {on_prefill, on_decode, on_update, &policy->layer[l], 0, 1};
+        for (int64_t h = 0; h < policy->heads; h++) {
+            const mechanism *prompt = &policy->mechanisms[policy->layer[l].used[PROMPT][h]];
+            attention.span = prompt->exact || prompt->recent > 0 ? attention.span : SPAN;
+            attention.endless &= policy->mechanisms[policy->layer[l].used[GENERATION][h]].renumber;
+        }
         int windowed = attn_model_window(policy->model, (int)l) > 0;
         ATTN_TRY(attn_context_set_attention(context, (int)l, windowed ? NULL : &attention));
         policy->layer[l].generating = 0;

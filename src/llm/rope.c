@@ -135,6 +135,23 @@ attn_status attn_rope_make(attn_rope *rope, const attn_gguf *file, const char *p
     return fill(rope, file, prefix, context_length, base, scaled);
 }
 
+void attn_rope_angles(const attn_rope *rope, int64_t position, int64_t step, int64_t count, float magnitude, int threads, float *to)
+{
+    int64_t half = rope->dims / 2;
+#pragma omp parallel for num_threads(threads) schedule(static) if (count > 8)
+    for (int64_t i = 0; i < half; i++) {
+        double angle = (double)rope->frequency[i] * (double)position, re = cos(angle), im = sin(angle);
+        double turn = (double)rope->frequency[i] * (double)step, turn_re = cos(turn), turn_im = sin(turn);
+        for (int64_t r = 0; r < count; r++) {
+            to[r * 2 * half + i] = (float)re * magnitude;
+            to[r * 2 * half + half + i] = (float)im * magnitude;
+            double next = re * turn_re - im * turn_im;
+            im = re * turn_im + im * turn_re;
+            re = next;
+        }
+    }
+}
+
 void attn_rope_free(attn_rope *rope)
 {
     attn_free(rope->frequency);
