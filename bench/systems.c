@@ -1,6 +1,6 @@
 /* Every mechanism at four sizes beside exact attention: time, ratio to `dense` with the same heads and widths, share of the machine's peak
  * by the mechanism's own account of its work, and the scratch memory of a call beyond its inputs and outputs.
- *     bench_systems [--threads N] [--backward] [NAME...]
+ *     bench_systems [--threads N] [--backward] [--size N] [NAME...]
  */
 #include <attn/attn.h>
 
@@ -281,15 +281,18 @@ static void run(const bench_system *s, long n, int backward, int threads, double
 
 int main(int argc, char **argv)
 {
-    static const long sizes[] = {1024, 4096, 9216, 16384}; /* squares, for images */
-    int backward = 0, first = 1, threads = 2;
+    long sizes[] = {1024, 4096, 9216, 16384}; /* squares, for images */
+    int backward = 0, first = 1, threads = 2, count = 4;
     for (; first < argc && argv[first][0] == '-'; first++) {
         if (strcmp(argv[first], "--backward") == 0) {
             backward = 1;
         } else if (strcmp(argv[first], "--threads") == 0 && first + 1 < argc) {
             threads = atoi(argv[++first]);
+        } else if (strcmp(argv[first], "--size") == 0 && first + 1 < argc) {
+            sizes[0] = atol(argv[++first]);
+            count = 1;
         } else {
-            fputs("Usage: bench_systems [--threads N] [--backward] [NAME...]\n", stderr);
+            fputs("Usage: bench_systems [--threads N] [--backward] [--size N] [NAME...]\n", stderr);
             return 2;
         }
     }
@@ -303,7 +306,7 @@ int main(int argc, char **argv)
         for (int a = first; a < argc; a++) {
             wanted |= strncmp(systems[i].spec, argv[a], strlen(argv[a])) == 0;
         }
-        for (int k = 0; k < 4 && wanted; k++) {
+        for (int k = 0; k < count && wanted; k++) {
             run(&systems[i], sizes[k], backward, threads, peak);
         }
     }

@@ -2,9 +2,10 @@
  * keys and values, those of reference pictures, with a mask per reference that hides everything but an object and a weight that
  * raises the attention it gets.
  *
- * Own keys and each reference are separate key lists: each is exact attention (after dropping masked keys), and the parts are
- * merged by their log-sum-exp, which also gives the attention mass of each part.
+ * Own keys and each reference are separate lists of keys under one softmax (exec/segments.h), which also gives the attention mass
+ * of each list. Masked keys are left out of the lists.
  */
+#include "exec/segments.h"
 #include "op/class.h"
 #include <attn/dense.h>
 
@@ -82,104 +83,64 @@ static void make_bias(const attn_call *call, const float *mask, float *bias)
     }
 }
 
-/* ---- Parts: own keys, then each reference ---- */
+/* ---- Lists of keys: own, then each reference ---- */
 
-/* One key list as contiguous [B,Hkv,count,*] with an optional bias per key. */
-typedef struct key_part {
-    int64_t count;
-    float *k, *v, *bias;
-    int64_t *source;    /* reference token of each key; NULL for the own keys */
-    const float *factor; /* mode mul: what each key was multiplied by */
-    float *o, *lse;
-} key_part;
+/* Where an attention call reads from: mrsa's own inputs, or some items of mrsa.cfg's. */
+typedef struct source {
+    int64_t batch, heads, kv_heads, n, m;
+    const float *q, *k, *v, *k_ref, *v_ref;
+} source;
 
-static attn_status make_own_part(attn_call *call, key_part *own)
+static source inputs_of(const attn_call *call)
 {
-    *own = (key_part){.count = attn_dim(call, "M"), .k = attn_f32(call->t[K]), .v = attn_f32(call->t[V])};
-    return ATTN_OK;
+    return (source){attn_dim(call, "B"),     attn_dim(call, "H"),      attn_dim(call, "Hkv"),
+                    attn_dim(call, "N"),     attn_dim(call, "M"),      attn_f32(call->t[Q]),
+                    attn_f32(call->t[K]),    attn_f32(call->t[V]),     attn_f32(call->t[K_REF]),
+                    attn_f32(call->t[V_REF])};
 }
 
-/* Gather the kept keys and values of reference r. */
-static attn_status make_reference_part(attn_call *call, int64_t r, const float *bias, key_part *out)
+/* The kept tokens of a reference in front: their numbers and biases. */
+static int64_t keep_tokens(float *bias, int64_t tokens, int64_t *index)
 {
-    const mrsa_params *p = call->params;
-    int64_t batch = attn_dim(call, "B"), references = attn_dim(call, "R"), kv_heads = attn_dim(call, "Hkv");
-    int64_t tokens = attn_dim(call, "P"), d = attn_dim(call, "D"), dv = attn_dim(call, "Dv");
-    *out = (key_part){.source = attn_arena_array(call->arena, (size_t)tokens, sizeof *out->source)};
-    float *values = attn_scratch_f32(call, tokens);
-    if (out->source == NULL || values == NULL) {
-        return attn_fail_memory((size_t)tokens * sizeof *out->source);
-    }
+    int64_t kept = 0;
     for (int64_t t = 0; t < tokens; t++) {
-        if (p->mode == MODE_MUL || bias[t] != 0) {
-            out->source[out->count] = t;
-            values[out->count++] = bias[t];
+        if (bias[t] != 0) {
+            index[kept] = t;
+            bias[kept++] = bias[t];
         }
     }
-    out->k = attn_scratch_f32(call, batch * kv_heads * out->count * d);
-    out->v = attn_scratch_f32(call, batch * kv_heads * out->count * dv);
-    if (out->k == NULL || out->v == NULL) {
-        return attn_fail_memory((size_t)(batch * kv_heads * out->count * (d + dv)) * sizeof(float));
-    }
-    *(p->mode == MODE_MUL ? (const float **)&out->factor : (const float **)&out->bias) = values;
-    const float *k_ref = attn_f32(call->t[K_REF]), *v_ref = attn_f32(call->t[V_REF]);
-    for (int64_t b = 0; b < batch; b++) {
-        for (int64_t h = 0; h < kv_heads; h++) {
-            int64_t from = ((b * references + r) * kv_heads + h) * tokens, to = (b * kv_heads + h) * out->count;
-            for (int64_t i = 0; i < out->count; i++) {
-                float factor = p->mode == MODE_MUL ? values[i] : 1;
-                const float *k = k_ref + (from + out->source[i]) * d;
-                for (int64_t c = 0; c < d; c++) {
-                    out->k[(to + i) * d + c] = factor * k[c];
-                }
-                memcpy(out->v + (to + i) * dv, v_ref + (from + out->source[i]) * dv, (size_t)dv * sizeof(float));
-            }
-        }
-    }
-    return ATTN_OK;
+    return kept;
 }
 
-static attn_status make_parts(attn_call *call, key_part **parts)
-{
-    int64_t references = attn_dim(call, "R"), tokens = attn_dim(call, "P");
-    float *bias = attn_scratch_f32(call, references * tokens);
-    *parts = attn_arena_array(call->arena, (size_t)references + 1, sizeof **parts);
-    if (bias == NULL || *parts == NULL) {
-        return attn_fail_memory((size_t)(references * tokens) * sizeof *bias);
-    }
-    make_bias(call, attn_f32(call->t[REF_MASK]), bias);
-    ATTN_TRY(make_own_part(call, &(*parts)[0]));
-    for (int64_t r = 0; r < references; r++) {
-        ATTN_TRY(make_reference_part(call, r, bias + r * tokens, &(*parts)[r + 1]));
-    }
-    return ATTN_OK;
-}
-
-static attn_dense_inputs part_inputs(const attn_call *call, const key_part *part)
-{
-    int64_t batch = attn_dim(call, "B"), heads = attn_dim(call, "H"), kv_heads = attn_dim(call, "Hkv");
-    int64_t n = attn_dim(call, "N"), d = attn_dim(call, "D"), dv = attn_dim(call, "Dv");
-    attn_dense_inputs in = {
-        .q = attn_tensor_make(attn_f32(call->t[Q]), ATTN_F32, 4, (int64_t[]){batch, heads, n, d}),
-        .k = attn_tensor_make(part->k, ATTN_F32, 4, (int64_t[]){batch, kv_heads, part->count, d}),
-        .v = attn_tensor_make(part->v, ATTN_F32, 4, (int64_t[]){batch, kv_heads, part->count, dv}),
-    };
-    return in;
-}
-
-/* A bias per key, the same for all queries, heads and batch items. */
-static attn_tensor key_bias(const attn_call *call, const key_part *part)
-{
-    return (attn_tensor){part->bias, ATTN_F32, 4, {1, 1, attn_dim(call, "N"), part->count}, {0, 0, 0, 1}};
-}
-
-static attn_dense_settings part_settings(const attn_call *call)
+/* R + 1 lists; masked keys are in none. */
+static attn_status make_segments(attn_call *call, const source *in, const float *mask, attn_segments *out)
 {
     const mrsa_params *p = call->params;
-    attn_dense_settings settings;
-    attn_dense_defaults(&settings);
-    settings.scale = p->scale;
-    return settings;
+    int64_t references = attn_dim(call, "R"), tokens = attn_dim(call, "P"), d = attn_dim(call, "D"), dv = attn_dim(call, "Dv");
+    float *bias = attn_scratch_f32(call, references * tokens);
+    int64_t *index = attn_arena_array(call->arena, (size_t)(references * tokens), sizeof *index);
+    attn_segment *list = attn_arena_array(call->arena, (size_t)references + 1, sizeof *list);
+    if (bias == NULL || index == NULL || list == NULL) {
+        return attn_fail_memory((size_t)(references * tokens) * (sizeof *bias + sizeof *index));
+    }
+    make_bias(call, mask, bias);
+    list[0] = (attn_segment){.keys = in->m, .k = in->k, .v = in->v, .k_stride = {in->kv_heads * in->m * d, in->m * d},
+                             .v_stride = {in->kv_heads * in->m * dv, in->m * dv}};
+    for (int64_t r = 0; r < references; r++) {
+        int64_t head = tokens * in->kv_heads;
+        attn_segment *g = &list[r + 1];
+        *g = (attn_segment){.keys = tokens, .k = in->k_ref + r * head * d, .v = in->v_ref + r * head * dv,
+                            .k_stride = {references * head * d, tokens * d}, .v_stride = {references * head * dv, tokens * dv}};
+        if (p->mode == MODE_MUL) {
+            g->factor = bias + r * tokens;
+        } else {
+            g->bias = bias + r * tokens;
+            g->keys = keep_tokens(bias + r * tokens, tokens, index + r * tokens);
+            g->index = g->keys < tokens ? index + r * tokens : NULL;
+        }
+    }
+    *out = (attn_segments){in->batch, in->heads, in->kv_heads, in->n, d, dv, attn_default_scale(p->scale, d), in->q, references + 1, list};
+    return ATTN_OK;
 }
 
 /* ---- mrsa ---- */
@@ -194,150 +155,136 @@ static attn_status mrsa_bind(attn_call *call)
     return ATTN_OK;
 }
 
-/* Exact attention over one part's keys into part->o, part->lse. */
-static attn_status attend(attn_call *call, key_part *part)
-{
-    int64_t batch = attn_dim(call, "B"), heads = attn_dim(call, "H"), n = attn_dim(call, "N"), dv = attn_dim(call, "Dv");
-    part->o = attn_scratch_f32(call, batch * heads * n * dv);
-    part->lse = attn_scratch_f32(call, batch * heads * n);
-    if (part->o == NULL || part->lse == NULL) {
-        return attn_fail_memory((size_t)(batch * heads * n * (dv + 1)) * sizeof(float));
-    }
-    attn_dense_settings settings = part_settings(call);
-    attn_dense_inputs in = part_inputs(call, part);
-    attn_tensor bias = key_bias(call, part);
-    in.bias = part->bias != NULL ? &bias : NULL;
-    attn_tensor o = attn_tensor_make(part->o, ATTN_F32, 4, (int64_t[]){batch, heads, n, dv});
-    attn_tensor lse = attn_tensor_make(part->lse, ATTN_F32, 3, (int64_t[]){batch, heads, n});
-    attn_exec exec = {.threads = call->threads, .arena = call->arena};
-    return attn_dense_forward(&settings, &in, &o, &lse, &exec);
-}
-
 static attn_status mrsa_forward(attn_call *call)
 {
-    int64_t rows = attn_dim(call, "B") * attn_dim(call, "H") * attn_dim(call, "N"), dv = attn_dim(call, "Dv");
-    int64_t count = attn_dim(call, "R") + 1;
-    key_part *parts;
-    ATTN_TRY(make_parts(call, &parts));
-    for (int64_t i = 0; i < count; i++) {
-        ATTN_TRY(attend(call, &parts[i]));
+    source in = inputs_of(call);
+    attn_segments segments;
+    ATTN_TRY(make_segments(call, &in, attn_f32(call->t[REF_MASK]), &segments));
+    return attn_segments_forward(&segments, attn_f32(call->t[O]), NULL, attn_f32(call->t[MASS]), call->arena, call->threads);
+}
+
+/* Keys or values of a list, or their gradients, as [B,Hkv,keys,width] where they lie. */
+static attn_tensor list_view(const attn_segments *s, const attn_segment *g, const float *data, const int64_t stride[2], int64_t width)
+{
+    return (attn_tensor){(void *)(uintptr_t)data, ATTN_F32, 4, {s->batch, s->kv_heads, g->keys, width}, {stride[0], stride[1], width, 1}};
+}
+
+/* Copy the listed rows together (times the factor, if any), or back to where they belong. `here` is contiguous. */
+static void move_rows(const attn_segments *s, const attn_segment *g, const float *factor, float *there, const int64_t stride[2],
+                      int64_t width, float *here, int back)
+{
+    for (int64_t i = 0; i < s->batch * s->kv_heads * g->keys; i++) {
+        int64_t pair = i / g->keys, j = i % g->keys, row = g->index != NULL ? g->index[j] : j;
+        float *a = there + pair / s->kv_heads * stride[0] + pair % s->kv_heads * stride[1] + row * width, *b = here + i * width;
+        float by = factor != NULL ? factor[j] : 1;
+        for (int64_t c = 0; c < width; c++) {
+            *(back ? &a[c] : &b[c]) = by * (back ? b[c] : a[c]);
+        }
     }
-    float *o = attn_f32(call->t[O]), *mass = attn_f32(call->t[MASS]);
-#pragma omp parallel for num_threads(call->threads)
-    for (int64_t row = 0; row < rows; row++) {
-        double top = -INFINITY, sum = 0;
-        for (int64_t i = 0; i < count; i++) {
-            top = fmax(top, (double)parts[i].lse[row]);
-        }
-        for (int64_t i = 0; i < count; i++) {
-            sum += exp((double)parts[i].lse[row] - top);
-        }
-        memset(o + row * dv, 0, (size_t)dv * sizeof *o);
-        for (int64_t i = 0; i < count; i++) {
-            float share = (float)(exp((double)parts[i].lse[row] - top) / sum);
-            mass[row * count + i] = share;
-            for (int64_t c = 0; c < dv && share > 0; c++) {
-                o[row * dv + c] += share * parts[i].o[row * dv + c];
-            }
-        }
+}
+
+/* Keys or values of one list for attn_dense_backward, and where their gradients go. */
+typedef struct operand {
+    attn_tensor value, gradient;
+    int copied;
+} operand;
+
+static attn_status take_operand(attn_call *call, const attn_segments *s, const attn_segment *g, const float *factor, const float *data,
+                                const int64_t stride[2], int64_t width, float *gradient, operand *out)
+{
+    out->copied = g->index != NULL || factor != NULL;
+    out->value = list_view(s, g, data, stride, width);
+    out->gradient = list_view(s, g, gradient, stride, width);
+    if (out->copied) {
+        int64_t count = attn_tensor_count(&out->value);
+        float *copy;
+        ATTN_TRY(attn_take_f32(call, 2 * count, &copy));
+        move_rows(s, g, factor, (float *)(uintptr_t)data, stride, width, copy, 0);
+        out->value = attn_tensor_make(copy, ATTN_F32, 4, out->value.shape);
+        out->gradient = attn_tensor_make(gradient != NULL ? copy + count : NULL, ATTN_F32, 4, out->value.shape);
     }
     return ATTN_OK;
 }
 
-/* Log-sum-exp over all parts, from the mass of the own keys: lse = lse_own - log(mass_own) would lose accuracy, so the parts are
- * computed again. */
-static attn_status merged_lse(attn_call *call, key_part *parts, int64_t count, float *lse)
+/* Gradients of one list under the normaliser of all: grad_q overwritten; grad_k and grad_v (may be NULL) are laid out as the list's k and v. */
+static attn_status segment_backward(attn_call *call, const attn_segments *s, const attn_segment *g, const attn_tensor *lse,
+                                    float *grad_q, float *grad_k, float *grad_v)
 {
-    int64_t rows = attn_dim(call, "B") * attn_dim(call, "H") * attn_dim(call, "N");
-    for (int64_t i = 0; i < count; i++) {
-        ATTN_TRY(attend(call, &parts[i]));
-    }
-    for (int64_t row = 0; row < rows; row++) {
-        double top = -INFINITY, sum = 0;
-        for (int64_t i = 0; i < count; i++) {
-            top = fmax(top, (double)parts[i].lse[row]);
-        }
-        for (int64_t i = 0; i < count; i++) {
-            sum += exp((double)parts[i].lse[row] - top);
-        }
-        lse[row] = (float)(top + log(sum));
-    }
-    return ATTN_OK;
-}
-
-/* Gradients of one part under the merged normaliser. grad_q adds up over the parts; k and v gradients go to `k`, `v`. */
-static attn_status part_backward(attn_call *call, const key_part *part, const attn_tensor *lse, float *grad_q, float *grad_k,
-                                 float *grad_v)
-{
-    int64_t batch = attn_dim(call, "B"), kv_heads = attn_dim(call, "Hkv"), d = attn_dim(call, "D"), dv = attn_dim(call, "Dv");
-    attn_dense_settings settings = part_settings(call);
-    attn_dense_inputs in = part_inputs(call, part);
-    attn_tensor bias = key_bias(call, part);
-    in.bias = part->bias != NULL ? &bias : NULL;
+    operand k, v;
+    ATTN_TRY(take_operand(call, s, g, g->factor, g->k, g->k_stride, s->d, grad_k, &k));
+    ATTN_TRY(take_operand(call, s, g, NULL, g->v, g->v_stride, s->dv, grad_v, &v));
+    attn_dense_settings settings;
+    attn_dense_defaults(&settings);
+    settings.scale = s->scale;
+    attn_tensor bias = {(void *)(uintptr_t)g->bias, ATTN_F32, 4, {1, 1, s->n, g->keys}, {0, 0, 0, 1}};
+    attn_dense_inputs in = {.q = *call->t[Q], .k = k.value, .v = v.value, .bias = g->bias != NULL ? &bias : NULL};
     attn_tensor to_q = attn_tensor_make(grad_q, ATTN_F32, 4, call->t[Q]->shape);
-    attn_tensor to_k = attn_tensor_make(grad_k, ATTN_F32, 4, (int64_t[]){batch, kv_heads, part->count, d});
-    attn_tensor to_v = attn_tensor_make(grad_v, ATTN_F32, 4, (int64_t[]){batch, kv_heads, part->count, dv});
-    attn_dense_gradients gradients = {.q = &to_q, .k = &to_k, .v = &to_v};
+    attn_dense_gradients to = {.q = grad_q != NULL ? &to_q : NULL, .k = grad_k != NULL ? &k.gradient : NULL,
+                               .v = grad_v != NULL ? &v.gradient : NULL};
     attn_exec exec = {.threads = call->threads, .arena = call->arena};
-    return attn_dense_backward(&settings, &in, call->t[O], lse, call->grad[O], &gradients, &exec);
-}
-
-/* Spread gradients of the gathered keys and values back to the reference's tokens. */
-static void scatter(attn_call *call, const key_part *part, int64_t r, const float *grad_k, const float *grad_v)
-{
-    int64_t batch = attn_dim(call, "B"), references = attn_dim(call, "R"), kv_heads = attn_dim(call, "Hkv");
-    int64_t tokens = attn_dim(call, "P"), d = attn_dim(call, "D"), dv = attn_dim(call, "Dv");
-    float *to_k = attn_f32(call->grad[K_REF]), *to_v = attn_f32(call->grad[V_REF]);
-    for (int64_t b = 0; b < batch; b++) {
-        for (int64_t h = 0; h < kv_heads; h++) {
-            int64_t to = ((b * references + r) * kv_heads + h) * tokens, from = (b * kv_heads + h) * part->count;
-            for (int64_t i = 0; i < part->count; i++) {
-                float factor = part->factor != NULL ? part->factor[i] : 1;
-                for (int64_t c = 0; c < d && to_k != NULL; c++) {
-                    to_k[(to + part->source[i]) * d + c] = factor * grad_k[(from + i) * d + c];
-                }
-                for (int64_t c = 0; c < dv && to_v != NULL; c++) {
-                    to_v[(to + part->source[i]) * dv + c] = grad_v[(from + i) * dv + c];
-                }
-            }
-        }
+    ATTN_TRY(attn_dense_backward(&settings, &in, call->t[O], lse, call->grad[O], &to, &exec));
+    if (k.copied && grad_k != NULL) {
+        move_rows(s, g, g->factor, grad_k, g->k_stride, s->d, attn_f32(&k.gradient), 1);
     }
+    if (v.copied && grad_v != NULL) {
+        move_rows(s, g, NULL, grad_v, g->v_stride, s->dv, attn_f32(&v.gradient), 1);
+    }
+    return ATTN_OK;
 }
 
 static attn_status mrsa_backward(attn_call *call)
 {
-    int64_t count = attn_dim(call, "R") + 1, rows = attn_dim(call, "B") * attn_dim(call, "H") * attn_dim(call, "N");
-    int64_t kv_rows = attn_dim(call, "B") * attn_dim(call, "Hkv") * attn_max_i64(attn_dim(call, "P"), attn_dim(call, "M"));
-    int64_t d = attn_dim(call, "D"), dv = attn_dim(call, "Dv");
-    key_part *parts;
-    ATTN_TRY(make_parts(call, &parts));
-    float *lse = attn_scratch_f32(call, rows), *grad_q = attn_scratch_f32(call, rows * d);
-    float *grad_k = attn_scratch_f32(call, kv_rows * d), *grad_v = attn_scratch_f32(call, kv_rows * dv);
-    if (lse == NULL || grad_q == NULL || grad_k == NULL || grad_v == NULL) {
-        return attn_fail_memory((size_t)((rows + kv_rows) * (d + dv)) * sizeof(float));
+    source in = inputs_of(call);
+    int64_t rows = in.batch * in.heads * in.n, count = attn_tensor_count(call->t[Q]), head = attn_dim(call, "P") * in.kv_heads;
+    attn_segments s;
+    float *lse, *part = NULL, *grad_q = attn_f32(call->grad[Q]);
+    ATTN_TRY(make_segments(call, &in, attn_f32(call->t[REF_MASK]), &s));
+    ATTN_TRY(attn_take_f32(call, rows, &lse));
+    if (grad_q != NULL) {
+        ATTN_TRY(attn_take_f32(call, count, &part));
     }
-    ATTN_TRY(merged_lse(call, parts, count, lse));
+    ATTN_TRY(attn_segments_forward(&s, NULL, lse, NULL, call->arena, call->threads));
     attn_tensor lse_view = attn_tensor_make(lse, ATTN_F32, 3, call->t[Q]->shape);
-    for (int64_t i = 0; i < count; i++) {
-        if (parts[i].count == 0) {
-            continue;
-        }
-        ATTN_TRY(part_backward(call, &parts[i], &lse_view, grad_q, grad_k, grad_v));
-        for (int64_t j = 0; j < rows * d && call->grad[Q] != NULL; j++) {
-            attn_f32(call->grad[Q])[j] += grad_q[j];
-        }
-        if (i > 0) {
-            scatter(call, &parts[i], i - 1, grad_k, grad_v);
-        } else {
-            int64_t own = attn_dim(call, "B") * attn_dim(call, "Hkv") * attn_dim(call, "M");
-            if (call->grad[K] != NULL) {
-                memcpy(call->grad[K]->data, grad_k, (size_t)(own * d) * sizeof(float));
-            }
-            if (call->grad[V] != NULL) {
-                memcpy(call->grad[V]->data, grad_v, (size_t)(own * dv) * sizeof(float));
+    for (int64_t i = 0; i < s.count; i++) {
+        float *grad_k = attn_f32(call->grad[i > 0 ? K_REF : K]), *grad_v = attn_f32(call->grad[i > 0 ? V_REF : V]);
+        grad_k = grad_k != NULL && i > 0 ? grad_k + (i - 1) * head * s.d : grad_k;
+        grad_v = grad_v != NULL && i > 0 ? grad_v + (i - 1) * head * s.dv : grad_v;
+        if (s.segments[i].keys > 0) {
+            attn_arena_mark mark = attn_arena_get_mark(call->arena);
+            ATTN_TRY(segment_backward(call, &s, &s.segments[i], &lse_view, part, grad_k, grad_v));
+            attn_arena_release(call->arena, mark);
+            for (int64_t j = 0; j < count && grad_q != NULL; j++) {
+                grad_q[j] += part[j];
             }
         }
     }
+    return ATTN_OK;
+}
+
+/* The (query, key) pairs of a call: masked keys are not computed. */
+static double pairs_with(attn_call *call, double queries, double own, const float *mask)
+{
+    const mrsa_params *p = call->params;
+    int64_t cells = attn_dim(call, "R") * attn_dim(call, "P"), kept = cells;
+    float *bias = mask != NULL && p->mode == MODE_ADD ? attn_scratch_f32(call, cells) : NULL;
+    if (bias != NULL) {
+        make_bias(call, mask, bias);
+        for (int64_t i = 0; i < cells; i++) {
+            kept -= bias[i] == 0;
+        }
+    }
+    return queries * (own + (double)kept);
+}
+
+static attn_cost cost_of(const attn_call *call, double pairs)
+{
+    return (attn_cost){.flops = 2 * pairs * ((double)attn_dim(call, "D") + (double)attn_dim(call, "Dv")), .pairs = pairs};
+}
+
+static attn_status mrsa_cost(attn_call *call, attn_cost *cost)
+{
+    double queries = (double)attn_dim(call, "B") * (double)attn_dim(call, "H") * (double)attn_dim(call, "N");
+    *cost = cost_of(call, pairs_with(call, queries, (double)attn_dim(call, "M"), attn_f32(call->t[REF_MASK])));
     return ATTN_OK;
 }
 
@@ -354,6 +301,7 @@ const attn_op_class attn_op_mrsa = {
     .bind = mrsa_bind,
     .forward = mrsa_forward,
     .backward = mrsa_backward,
+    .cost = mrsa_cost,
 };
 
 /* ---- mrsa.mask ---- */
@@ -440,7 +388,10 @@ static attn_tensor cfg_items(const attn_call *call, int port, int64_t item, int6
 /* Ordinary self-attention of some items. */
 static attn_status cfg_self(attn_call *call, int64_t item, int64_t count, attn_tensor *o)
 {
-    attn_dense_settings settings = part_settings(call);
+    const mrsa_params *p = call->params;
+    attn_dense_settings settings;
+    attn_dense_defaults(&settings);
+    settings.scale = p->scale;
     attn_dense_inputs in = {.q = cfg_items(call, CFG_Q, item, count),
                             .k = cfg_items(call, CFG_K, item, count),
                             .v = cfg_items(call, CFG_V, item, count)};
@@ -451,27 +402,13 @@ static attn_status cfg_self(attn_call *call, int64_t item, int64_t count, attn_t
 /* mrsa of the target at `item` with the references behind it. */
 static attn_status cfg_target(attn_call *call, int64_t item, attn_tensor *o)
 {
-    int64_t references = attn_dim(call, "R"), heads = attn_dim(call, "H"), tokens = attn_dim(call, "P");
-    int64_t d = attn_dim(call, "D"), dv = attn_dim(call, "Dv");
-    attn_call sub = {.cls = &attn_op_mrsa, .params = call->params, .arena = call->arena, .threads = call->threads};
-    const struct {
-        const char *name;
-        int64_t value;
-    } dims[] = {{"B", 1}, {"H", heads}, {"Hkv", heads}, {"N", tokens}, {"M", tokens}, {"P", tokens}, {"D", d}, {"Dv", dv},
-                {"R", references}, {"mh", attn_dim(call, "mh")}, {"mw", attn_dim(call, "mw")}};
-    for (int i = 0; i < ATTN_COUNT(dims); i++) {
-        attn_set_dim(&sub, dims[i].name, dims[i].value);
-    }
+    int64_t heads = attn_dim(call, "H"), tokens = attn_dim(call, "P"), references = attn_dim(call, "R");
     attn_tensor q = cfg_items(call, CFG_Q, item, 1), k = cfg_items(call, CFG_K, item, 1), v = cfg_items(call, CFG_V, item, 1);
     attn_tensor k_ref = cfg_items(call, CFG_K, item + 1, references), v_ref = cfg_items(call, CFG_V, item + 1, references);
-    attn_tensor mass = attn_tensor_make(attn_scratch_f32(call, heads * tokens * (references + 1)), ATTN_F32, 3,
-                                        (int64_t[]){heads, tokens, references + 1});
-    if (mass.data == NULL) {
-        return attn_fail_memory((size_t)attn_tensor_count(&mass) * sizeof(float));
-    }
-    sub.t[Q] = &q, sub.t[K] = &k, sub.t[V] = &v, sub.t[K_REF] = &k_ref, sub.t[V_REF] = &v_ref;
-    sub.t[REF_MASK] = call->t[CFG_MASK], sub.t[O] = o, sub.t[MASS] = &mass;
-    return mrsa_forward(&sub);
+    source in = {1, heads, heads, tokens, tokens, attn_f32(&q), attn_f32(&k), attn_f32(&v), attn_f32(&k_ref), attn_f32(&v_ref)};
+    attn_segments segments;
+    ATTN_TRY(make_segments(call, &in, attn_f32(call->t[CFG_MASK]), &segments));
+    return attn_segments_forward(&segments, attn_f32(o), NULL, NULL, call->arena, call->threads);
 }
 
 static attn_status cfg_forward(attn_call *call)
@@ -501,6 +438,16 @@ static attn_status cfg_forward(attn_call *call)
     return ATTN_OK;
 }
 
+static attn_status cfg_cost(attn_call *call, attn_cost *cost)
+{
+    const mrsa_params *p = call->params;
+    double tokens = (double)attn_dim(call, "P"), queries = (double)attn_dim(call, "H") * tokens;
+    double with = pairs_with(call, queries, tokens, attn_f32(call->t[CFG_MASK])), plain = queries * tokens;
+    double references = (double)attn_dim(call, "R");
+    *cost = cost_of(call, (2 * references + 1) * plain + (p->style_fidelity == 1 ? 1 : 2) * with);
+    return ATTN_OK;
+}
+
 const attn_op_class attn_op_mrsa_cfg = {
     .info = {.name = "mrsa.cfg",
              .title = "Multi-reference self-attention: one layer with both guidance branches",
@@ -511,83 +458,5 @@ const attn_op_class attn_op_mrsa_cfg = {
     .params_size = sizeof(mrsa_params),
     .bind = cfg_bind,
     .forward = cfg_forward,
-};
-
-/* ---- mrsa.noise ---- */
-
-typedef struct noise_params {
-    int64_t step, steps, train_steps;
-    double beta_start, beta_end;
-} noise_params;
-
-static const attn_param_info noise_param_table[] = {
-    ATTN_P_INT("step", noise_params, step, NULL, 0, INFINITY, "which step of the sampler, 0 ... steps-1"),
-    ATTN_P_INT("steps", noise_params, steps, "50", 1, 1e6, "steps of the sampler"),
-    ATTN_P_INT("train_steps", noise_params, train_steps, "1000", 1, 1e6, "steps of the training schedule"),
-    ATTN_P_FLOAT("beta_start", noise_params, beta_start, "0.00085", 0, 1, "first noise variance"),
-    ATTN_P_FLOAT("beta_end", noise_params, beta_end, "0.012", 0, 1, "last noise variance"),
-};
-
-enum { NOISE_Z, NOISE_EPS, NOISE_O, NOISE_TIMESTEPS, NOISE_ALPHA };
-
-static const attn_port_info noise_ports[] = {
-    ATTN_IN("z_ref", "...", FLOAT, 0, "clean reference latents"),
-    ATTN_IN("eps", "...", FLOAT, 0, "noise of the same shape"),
-    ATTN_OUT("o", "...", FLOAT, 0, "noised to the step's time"),
-    ATTN_OUT("timesteps", "steps", INT, 0, "training time of each step"),
-    ATTN_OUT("alpha", "steps", FLOAT, 0, "cumulative product of 1 - beta at these times"),
-};
-
-static attn_status noise_bind(attn_call *call)
-{
-    const noise_params *p = call->params;
-    const attn_tensor *z = call->t[NOISE_Z], *eps = call->t[NOISE_EPS];
-    if (z->ndim != eps->ndim || memcmp(z->shape, eps->shape, (size_t)z->ndim * sizeof z->shape[0]) != 0) {
-        return attn_fail(ATTN_ERR_SHAPE, "z_ref and eps differ in shape");
-    }
-    if (p->step >= p->steps || p->steps > p->train_steps) {
-        return attn_fail(ATTN_ERR_ARGUMENT, "step = %lld, steps = %lld, train_steps = %lld: expected step < steps <= train_steps",
-                         (long long)p->step, (long long)p->steps, (long long)p->train_steps);
-    }
-    attn_set_dim(call, "steps", p->steps);
-    return ATTN_OK;
-}
-
-static attn_status noise_forward(attn_call *call)
-{
-    const noise_params *p = call->params;
-    double *alpha = attn_arena_array(call->arena, (size_t)p->train_steps, sizeof *alpha);
-    if (alpha == NULL) {
-        return attn_fail_memory((size_t)p->train_steps * sizeof *alpha);
-    }
-    double first = sqrt(p->beta_start), last = sqrt(p->beta_end), product = 1;
-    for (int64_t t = 0; t < p->train_steps; t++) {
-        double root = p->train_steps > 1 ? first + (last - first) * (double)t / (double)(p->train_steps - 1) : first;
-        product *= 1 - root * root;
-        alpha[t] = product;
-    }
-    int64_t ratio = p->train_steps / p->steps;
-    for (int64_t i = 0; i < p->steps; i++) {
-        int64_t time = ratio * (p->steps - 1 - i);
-        attn_i64(call->t[NOISE_TIMESTEPS])[i] = time;
-        attn_f32(call->t[NOISE_ALPHA])[i] = (float)alpha[time];
-    }
-    double now = alpha[ratio * (p->steps - 1 - p->step)];
-    float keep = (float)sqrt(now), add = (float)sqrt(1 - now);
-    const float *z = attn_f32(call->t[NOISE_Z]), *eps = attn_f32(call->t[NOISE_EPS]);
-    for (int64_t i = 0; i < attn_tensor_count(call->t[NOISE_Z]); i++) {
-        attn_f32(call->t[NOISE_O])[i] = keep * z[i] + add * eps[i];
-    }
-    return ATTN_OK;
-}
-
-const attn_op_class attn_op_mrsa_noise = {
-    .info = {.name = "mrsa.noise",
-             .title = "Multi-reference self-attention: reference noising schedule",
-             .summary = "References are noised to the same time as the picture that is being generated, by the scaled-linear schedule.",
-             .paper = "arXiv:2405.13870",
-             ATTN_TABLE(noise_param_table, noise_ports)},
-    .params_size = sizeof(noise_params),
-    .bind = noise_bind,
-    .forward = noise_forward,
+    .cost = cfg_cost,
 };

@@ -1,0 +1,32 @@
+/* Exact attention over several lists of keys under one softmax, and the share of it that falls on each list: a picture's own keys
+ * and those of references, memories, retrieved passages. Keys and values are read where they lie: a task packs a block of them for
+ * its own rows, so that memory does not depend on the number of keys. Results do not depend on the number of threads.
+ */
+#ifndef ATTN_EXEC_SEGMENTS_H
+#define ATTN_EXEC_SEGMENTS_H
+
+#include "core/internal.h"
+
+/* One list. Rows of a batch item and a key/value head are contiguous; the strides are between items and heads, in elements. */
+typedef struct attn_segment {
+    int64_t keys;
+    const float *k, *v;
+    int64_t k_stride[2], v_stride[2];
+    const int64_t *index; /* [keys]: rows of k and v that belong to the list; NULL: the first `keys` */
+    const float *bias;    /* [keys], added to the scores; NULL: 0 */
+    const float *factor;  /* [keys], multiplies the scores before that; NULL: 1 */
+} attn_segment;
+
+typedef struct attn_segments {
+    int64_t batch, heads, kv_heads, n, d, dv;
+    double scale;
+    const float *q; /* [batch,heads,n,d] */
+    int64_t count;
+    const attn_segment *segments;
+} attn_segments;
+
+/* o [batch,heads,n,dv], lse [batch,heads,n], shares [batch,heads,n,count]: each may be NULL. A query without any key gets 0, -inf and
+ * 0. ATTN_ERR_MEMORY. */
+attn_status attn_segments_forward(const attn_segments *s, float *o, float *lse, float *shares, attn_arena *arena, int threads);
+
+#endif
