@@ -202,12 +202,97 @@ static void test_retrieval_many_steps(void **state)
     opcheck_run(&mask, 0);
 }
 
+/* One output of a mechanism by its SPEC; `to` holds it. */
+static void output_of(const char *spec, const opcheck_case *c, const char *name, attn_tensor to)
+{
+    attn_op *op;
+    attn_named_tensor out = {name, to};
+    assert_int_equal(attn_op_create(&op, spec), ATTN_OK);
+    if (attn_op_forward(op, c->in, c->in_count, &out, 1, NULL) != ATTN_OK) {
+        fail_msg("%s: %s", spec, attn_last_error());
+    }
+    attn_op_destroy(op);
+}
+
+static void free_inputs(opcheck_case *c)
+{
+    for (int i = 0; i < c->in_count; i++) {
+        free(c->in[i].tensor.data);
+    }
+}
+
+static void test_retrieval_any_scale(void **state)
+{
+    (void)state;
+    opcheck_case c = {.seed = 8};
+    opcheck_input(&c, "q", SHAPE(1, 2, 5, 4));
+    opcheck_input(&c, "k", SHAPE(1, 1, 54, 4));
+    opcheck_whole(&c, "prompt", SHAPE(50), 0, 9);
+    opcheck_whole(&c, "generated", SHAPE(5), 0, 9);
+    const char *const scales[] = {"1", "1e-44", "1e44"}; /* scaled scores would be equal in float32 */
+    int64_t top[3][2 * 5 * 3];
+    for (int i = 0; i < 3; i++) {
+        char spec[80];
+        snprintf(spec, sizeof spec, "retrieval_head:needle_start=1,needle_end=9,top_k=3,scale=%s", scales[i]);
+        output_of(spec, &c, "top", attn_tensor_make(top[i], ATTN_I64, SHAPE(1, 2, 5, 3)));
+        for (int j = 0; j < 2 * 5 * 3; j++) {
+            if (top[i][j] != top[0][j]) {
+                fail_msg("scale %s: top[%d] = %lld, expected %lld", scales[i], j, (long long)top[i][j], (long long)top[0][j]);
+            }
+        }
+    }
+    free_inputs(&c);
+}
+
+/* Heads in and out of step with the groups that share keys. */
+static void test_masked_heads(void **state)
+{
+    (void)state;
+    enum { B = 2, H = 6, N = 5, D = 6, DV = 5 };
+    for (int pattern = 0; pattern < 1 << H; pattern++) {
+        opcheck_case c = {.seed = 9};
+        attention_inputs(&c, H, 2, N, 7);
+        float o[B * H * N * DV], exact[B * H * N * DV];
+        output_of("dense:causal=true", &c, "o", attn_tensor_make(exact, ATTN_F32, SHAPE(B, H, N, DV)));
+        uint8_t *heads = opcheck_bool(&c, "heads", SHAPE(H), 0);
+        for (int h = 0; h < H; h++) {
+            heads[h] = pattern >> h & 1;
+        }
+        output_of("retrieval_head.mask:mode=zero", &c, "o", attn_tensor_make(o, ATTN_F32, SHAPE(B, H, N, DV)));
+        for (int i = 0; i < B * H * N * DV; i++) {
+            float want = heads[i / (N * DV) % H] ? 0 : exact[i];
+            if (!(fabsf(o[i] - want) <= 1e-5f)) {
+                fail_msg("heads %x masked: o[%d] = %g, expected %g", pattern, i, (double)o[i], (double)want);
+            }
+        }
+        free_inputs(&c);
+    }
+}
+
+static void test_embed_checks_ids(void **state)
+{
+    (void)state;
+    float table[6] = {0}, o[2] = {0}, grad[6];
+    int64_t id = 7;
+    attn_named_tensor in[] = {{"table", attn_tensor_make(table, ATTN_F32, SHAPE(3, 2))},
+                              {"ids", attn_tensor_make(&id, ATTN_I64, SHAPE(1, 1))},
+                              {"modifiers", attn_tensor_make(&id, ATTN_I64, SHAPE(1))}};
+    attn_named_tensor out = {"o", attn_tensor_make(o, ATTN_F32, SHAPE(1, 1, 2))};
+    attn_named_tensor to = {"table", attn_tensor_make(grad, ATTN_F32, SHAPE(3, 2))};
+    attn_op *op;
+    assert_int_equal(attn_op_create(&op, "disendiff.embed"), ATTN_OK);
+    assert_int_equal(attn_op_backward(op, in, 3, &out, 1, &out, 1, &to, 1, NULL), ATTN_ERR_ARGUMENT); /* o is given: nothing runs forward */
+    assert_non_null(strstr(attn_last_error(), "ids[0] = 7"));
+    attn_op_destroy(op);
+}
+
 int main(void)
 {
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(test_softpag_gradients), cmocka_unit_test(test_softpag_paths_meet), cmocka_unit_test(test_softpag_errors),
         cmocka_unit_test(test_mrsa_gradients),    cmocka_unit_test(test_mrsa_errors),        cmocka_unit_test(test_disendiff_gradients),
         cmocka_unit_test(test_disendiff_errors),  cmocka_unit_test(test_retrieval_errors),   cmocka_unit_test(test_retrieval_many_steps),
+        cmocka_unit_test(test_retrieval_any_scale), cmocka_unit_test(test_masked_heads), cmocka_unit_test(test_embed_checks_ids),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }

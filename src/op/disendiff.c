@@ -17,10 +17,10 @@ typedef struct disendiff_params {
 
 #define CALIBRATION_PARAMS                                                                                             \
     ATTN_P_LIST(INTS, "grid", disendiff_params, grid, NULL, 1, ATTN_MOST_EXTENT, 2, 2, "picture grid, gh*gw = N"),      \
-        ATTN_P_INT("kernel", disendiff_params, kernel, "3", 1, 1001, "odd width of the smoothing window; 1 = off"),     \
+        ATTN_P_INT("kernel", disendiff_params, kernel, "3", 1, INFINITY, "odd width of the smoothing window; 1 = off"),     \
         ATTN_P_FLOAT_OPEN("sigma", disendiff_params, sigma, "0.5", 0, 1, INFINITY, 0,                                   \
                           "weights are exp(-(d/(2*sigma))^2)"),                                                        \
-        ATTN_P_INT("power", disendiff_params, power, "2", 1, 64, "exponent on class maps; 1 = off"),                    \
+        ATTN_P_INT("power", disendiff_params, power, "2", 1, INFINITY, "exponent on class maps; 1 = off"),                    \
         ATTN_P_FLOAT_OPEN("smooth", disendiff_params, smooth, "1.0", 0, 1, INFINITY, 0, "added to intersection and union"), \
         ATTN_P_FLOAT("eps", disendiff_params, eps, "1e-8", -INFINITY, INFINITY, "in the min-max division")
 #define ATTENTION_PARAMS                                                                                               \
@@ -755,11 +755,16 @@ static attn_status check_ids(const attn_tensor *ids, const char *name, int64_t r
     return ATTN_OK;
 }
 
+static attn_status check_all_ids(const attn_call *call)
+{
+    ATTN_TRY(check_ids(call->t[EMBED_IDS], "ids", attn_dim(call, "V")));
+    return check_ids(call->t[EMBED_MODIFIERS], "modifiers", attn_dim(call, "V"));
+}
+
 static attn_status embed_forward(attn_call *call)
 {
     int64_t width = attn_dim(call, "C");
-    ATTN_TRY(check_ids(call->t[EMBED_IDS], "ids", attn_dim(call, "V")));
-    ATTN_TRY(check_ids(call->t[EMBED_MODIFIERS], "modifiers", attn_dim(call, "V")));
+    ATTN_TRY(check_all_ids(call));
     for (int64_t i = 0; i < attn_tensor_count(call->t[EMBED_IDS]); i++) {
         memcpy(attn_f32(call->t[EMBED_O]) + i * width, attn_f32(call->t[EMBED_TABLE]) + attn_i64(call->t[EMBED_IDS])[i] * width,
                (size_t)width * sizeof(float));
@@ -771,6 +776,7 @@ static attn_status embed_backward(attn_call *call)
 {
     int64_t width = attn_dim(call, "C"), count = attn_tensor_count(call->t[EMBED_MODIFIERS]);
     float *grad = attn_f32(call->grad[EMBED_TABLE]);
+    ATTN_TRY(check_all_ids(call));
     for (int64_t i = 0; i < attn_tensor_count(call->t[EMBED_IDS]) && grad != NULL; i++) {
         int64_t id = attn_i64(call->t[EMBED_IDS])[i];
         int moves = 0;

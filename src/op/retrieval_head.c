@@ -4,9 +4,9 @@
  * that is produced, inside the needle. The rest are the pieces of that test: masking heads, ranking them over tests, inserting
  * and locating needles, and the recall of an answer.
  */
+#include "exec/heads.h"
 #include "layer/gemm.h"
 #include "op/class.h"
-#include <attn/dense.h>
 
 #include <stdlib.h>
 #include <string.h>
@@ -28,7 +28,8 @@ static const attn_param_info detect_param_table[] = {
     ATTN_P_INT("top_k", detect_params, top_k, "1", 1, INFINITY, "how many strongest positions count"),
     ATTN_P_CHOICE("mode", detect_params, mode, "count", "count|set",
                   "count: every hit counts; set: distinct needle positions, so that the score is at most 1"),
-    ATTN_P_SCALE_POSITIVE(detect_params, scale),
+    {.name = "scale", .type = ATTN_PARAM_FLOAT, .standard = "null", .standard_text = "1/sqrt(D)", .min = 0, .min_open = 1,
+     .max = INFINITY, .help = "multiplies q.k; no scale changes the order", .offset = offsetof(detect_params, scale)},
 };
 
 enum { DETECT_Q, DETECT_K, DETECT_PROMPT, DETECT_GENERATED, DETECT_TOP, DETECT_HIT, DETECT_SCORE };
@@ -83,17 +84,17 @@ static void keep_largest(const float *scores, int64_t first, int64_t count, int6
     }
 }
 
-/* The top positions of all steps of the query heads that share one key head; rows = heads * S. */
+/* The top positions of all steps of the query heads that share one key head; rows = heads * S. Scores are not scaled: the order is that of
+ * q.k, and no scale can make different scores equal. */
 static attn_status detect_group(attn_call *call, const float *q, const float *k, int64_t rows, int64_t *top, float *scores,
                                 float *values, int64_t *kept)
 {
     const detect_params *p = call->params;
     int64_t steps = attn_dim(call, "S"), keys = attn_dim(call, "M"), d = attn_dim(call, "D"), prompt = attn_dim(call, "P");
-    float scale = (float)attn_default_scale(p->scale, d);
     memset(kept, 0, (size_t)rows * sizeof *kept);
     for (int64_t first = 0; first < keys; first += KEY_BLOCK) {
         int64_t count = attn_min_i64(KEY_BLOCK, keys - first);
-        ATTN_TRY(attn_gemm(call->arena, call->threads, 0, 1, rows, count, d, scale, q, d, k + first * d, d, 0, scores,
+        ATTN_TRY(attn_gemm(call->arena, call->threads, 0, 1, rows, count, d, 1, q, d, k + first * d, d, 0, scores,
                            KEY_BLOCK));
 #pragma omp parallel for num_threads(call->threads)
         for (int64_t row = 0; row < rows; row++) {
@@ -213,50 +214,51 @@ static void mean_of_visible(const float *v, float *o, int64_t n, int64_t m, int6
     }
 }
 
-/* Ordinary attention of one head of one batch item, as views. */
-static attn_status exact_head(attn_call *call, int64_t b, int64_t h)
+static attn_status mask_forward(attn_call *call)
 {
     const mask_params *p = call->params;
-    int64_t heads = attn_dim(call, "H"), kv_heads = attn_dim(call, "Hkv"), n = attn_dim(call, "N"), m = attn_dim(call, "M");
-    int64_t d = attn_dim(call, "D"), dv = attn_dim(call, "Dv"), kv = b * kv_heads + h / (heads / kv_heads);
+    int64_t heads = attn_dim(call, "H"), kv_heads = attn_dim(call, "Hkv"), all = attn_dim(call, "B") * heads;
+    int64_t n = attn_dim(call, "N"), m = attn_dim(call, "M"), dv = attn_dim(call, "Dv");
+    const uint8_t *masked = attn_bool(call->t[MASK_HEADS]);
+    double *sums = attn_arena_array(call->arena, (size_t)(all * dv), sizeof *sums);
+    if (sums == NULL) {
+        return attn_fail_memory((size_t)(all * dv) * sizeof *sums);
+    }
     attn_dense_settings settings;
     attn_dense_defaults(&settings);
     settings.causal = (int)p->causal;
     settings.scale = p->scale;
-    attn_dense_inputs in = {
-        .q = attn_tensor_make(attn_f32(call->t[MASK_Q]) + (b * heads + h) * n * d, ATTN_F32, 4, (int64_t[]){1, 1, n, d}),
-        .k = attn_tensor_make(attn_f32(call->t[MASK_K]) + kv * m * d, ATTN_F32, 4, (int64_t[]){1, 1, m, d}),
-        .v = attn_tensor_make(attn_f32(call->t[MASK_V]) + kv * m * dv, ATTN_F32, 4, (int64_t[]){1, 1, m, dv}),
-    };
-    attn_tensor o = attn_tensor_make(attn_f32(call->t[MASK_O]) + (b * heads + h) * n * dv, ATTN_F32, 4,
-                                     (int64_t[]){1, 1, n, dv});
+    attn_dense_inputs in = {.q = *call->t[MASK_Q], .k = *call->t[MASK_K], .v = *call->t[MASK_V]};
     attn_exec exec = {.threads = call->threads, .arena = call->arena};
-    return attn_dense_forward(&settings, &in, &o, NULL, &exec);
-}
-
-static attn_status mask_forward(attn_call *call)
-{
-    const mask_params *p = call->params;
-    int64_t batch = attn_dim(call, "B"), heads = attn_dim(call, "H"), kv_heads = attn_dim(call, "Hkv");
-    int64_t n = attn_dim(call, "N"), m = attn_dim(call, "M"), dv = attn_dim(call, "Dv");
-    const uint8_t *masked = attn_bool(call->t[MASK_HEADS]);
-    double *sum = attn_arena_array(call->arena, (size_t)dv, sizeof *sum);
-    if (sum == NULL) {
-        return attn_fail_memory((size_t)dv * sizeof *sum);
-    }
-    for (int64_t b = 0; b < batch; b++) {
-        for (int64_t h = 0; h < heads; h++) {
-            float *o = attn_f32(call->t[MASK_O]) + (b * heads + h) * n * dv;
-            if (!masked[h]) {
-                ATTN_TRY(exact_head(call, b, h));
-            } else if (p->mode == MASK_ZERO) {
-                memset(o, 0, (size_t)(n * dv) * sizeof *o);
-            } else {
-                mean_of_visible(attn_f32(call->t[MASK_V]) + (b * kv_heads + h / (heads / kv_heads)) * m * dv, o, n, m, dv,
-                                (int)p->causal, sum);
-            }
+    ATTN_TRY(attn_heads_forward(&settings, &in, masked, 0, call->t[MASK_O], NULL, &exec));
+#pragma omp parallel for num_threads(call->threads)
+    for (int64_t i = 0; i < all; i++) {
+        int64_t h = i % heads, kv = i / heads * kv_heads + h / (heads / kv_heads);
+        float *o = attn_f32(call->t[MASK_O]) + i * n * dv;
+        if (masked[h] && p->mode == MASK_ZERO) {
+            memset(o, 0, (size_t)(n * dv) * sizeof *o);
+        } else if (masked[h]) {
+            mean_of_visible(attn_f32(call->t[MASK_V]) + kv * m * dv, o, n, m, dv, (int)p->causal, sums + i * dv);
         }
     }
+    return ATTN_OK;
+}
+
+/* Masked heads compute no logits. */
+static attn_status mask_cost(attn_call *call, attn_cost *cost)
+{
+    const mask_params *p = call->params;
+    int64_t n = attn_dim(call, "N"), m = attn_dim(call, "M"), heads = attn_dim(call, "H"), exact = heads;
+    double pairs = (double)n * (double)m;
+    if (p->causal) {
+        double rows = (double)attn_min_i64(n, m); /* that see a key: m - rows + 1 ... m of them */
+        pairs = rows * (double)m - rows * (rows - 1) / 2;
+    }
+    for (int64_t h = 0; h < heads && call->t[MASK_HEADS]->data != NULL; h++) {
+        exact -= attn_bool(call->t[MASK_HEADS])[h] != 0;
+    }
+    cost->pairs = pairs * (double)attn_dim(call, "B") * (double)exact;
+    cost->flops = 2 * cost->pairs * ((double)attn_dim(call, "D") + (double)attn_dim(call, "Dv"));
     return ATTN_OK;
 }
 
@@ -269,6 +271,7 @@ const attn_op_class attn_op_retrieval_head_mask = {
              ATTN_TABLE(mask_param_table, mask_ports)},
     .params_size = sizeof(mask_params),
     .forward = mask_forward,
+    .cost = mask_cost,
 };
 
 /* ---- retrieval_head.rank: heads over many tests ---- */
@@ -303,10 +306,14 @@ typedef struct ranked_head {
     int64_t head;
 } ranked_head;
 
+/* Without a number a head comes last. */
 static int by_mean(const void *a, const void *b)
 {
     const ranked_head *x = a, *y = b;
-    if (x->mean != y->mean) {
+    if (isnan(x->mean) != isnan(y->mean)) {
+        return isnan(x->mean) ? 1 : -1;
+    }
+    if (x->mean < y->mean || x->mean > y->mean) {
         return x->mean > y->mean ? -1 : 1;
     }
     return (x->head > y->head) - (x->head < y->head);
