@@ -11,7 +11,8 @@
 #include <string.h>
 
 #define BLOCK_K 128
-#define BLOCK_Q 96 /* a multiple of the kernels' tile heights */
+#define BLOCK_Q 96 /* a multiple of GROUP */
+#define GROUP 24   /* rows or keys that go through a product together; a multiple of the kernels' tile heights */
 #define ENOUGH_TASKS 8
 
 typedef struct backward {
@@ -57,32 +58,102 @@ static void load_rows(const dense_problem *p, float *to, const attn_tensor *t, i
     }
 }
 
-/* Probabilities of rows [from, to) of a query block into x->p; the soft cap's derivative into x->slope. */
-static void probabilities(const backward *w, worker *x, int64_t b, int64_t h, int64_t n0, int64_t from, int64_t to, int64_t key,
-                          int64_t count)
+/* What the rows of a query block see of a key block: keys [begin, end) counted from its first one, and the rows [from, to) that see any. */
+typedef struct visible_rows {
+    int64_t begin[BLOCK_Q], end[BLOCK_Q], from, to;
+} visible_rows;
+
+static void find_visible(const dense_problem *p, visible_rows *see, int64_t b, int64_t n0, int64_t rows, int64_t key, int64_t keys)
+{
+    see->from = see->to = 0;
+    for (int64_t r = 0; r < rows; r++) {
+        int64_t begin, end;
+        attn_dense_visible(p, b, n0 + r, &begin, &end);
+        begin = attn_max_i64(begin - key, 0);
+        end = attn_min_i64(end - key, keys);
+        if (begin < end) {
+            see->from = see->to == 0 ? r : see->from;
+            see->to = r + 1;
+        } else {
+            begin = end = 0;
+        }
+        see->begin[r] = begin;
+        see->end[r] = end;
+    }
+}
+
+/* How many rows from `first` on go through the products together, and the columns [low, high) that any of them sees, rounded to
+ * panels and vectors: GROUP rows, and more as long as their columns are the same. */
+static int64_t rows_together(const attn_tile_kernels *kernels, const visible_rows *see, int64_t first, int64_t *low, int64_t *high)
+{
+    int64_t count = 0;
+    *low = *high = 0;
+    for (int64_t next = first; next < see->to; next += GROUP) {
+        int64_t some = attn_min_i64(GROUP, see->to - next), begin = BLOCK_K, end = 0;
+        for (int64_t r = next; r < next + some; r++) {
+            if (see->begin[r] < see->end[r]) {
+                begin = attn_min_i64(begin, see->begin[r]);
+                end = attn_max_i64(end, see->end[r]);
+            }
+        }
+        begin = attn_min_i64(begin, end) / kernels->nr * kernels->nr;
+        end = attn_ceil_div(end, kernels->vw) * kernels->vw;
+        if (count == 0) {
+            *low = begin;
+            *high = end;
+        } else if (begin != *low || end != *high) {
+            break;
+        }
+        count += some;
+    }
+    return count;
+}
+
+/* The same for keys: how many from `first` on, and the rows [low, high) that see any of them. */
+static int64_t keys_together(const visible_rows *see, int64_t first, int64_t keys, int64_t *low, int64_t *high)
+{
+    int64_t count = 0;
+    *low = *high = 0;
+    for (int64_t next = first; next < keys; next += GROUP) {
+        int64_t some = attn_min_i64(GROUP, keys - next), from = see->from, to = see->to;
+        while (from < to && (see->begin[from] >= next + some || see->end[from] <= next)) {
+            from++;
+        }
+        while (to > from && (see->begin[to - 1] >= next + some || see->end[to - 1] <= next)) {
+            to--;
+        }
+        if (count == 0) {
+            *low = from;
+            *high = to;
+        } else if (from != *low || to != *high) {
+            break;
+        }
+        count += some;
+    }
+    return count;
+}
+
+/* Probabilities of row r in columns [low, high), from its products with the keys; the soft cap's derivative into x->slope. */
+static void probabilities(const backward *w, worker *x, const visible_rows *see, int64_t b, int64_t h, int64_t n0, int64_t r,
+                          int64_t key, int64_t low, int64_t high)
 {
     const dense_problem *p = w->p;
     const attn_tile_kernels *kernels = p->kernels;
-    kernels->product(to - from, count, p->d, x->q + from * w->d_pad, w->d_pad, 1, x->kt, kernels->nr, p->d * kernels->nr,
-                     x->p + from * BLOCK_K, BLOCK_K, 0);
-    for (int64_t r = from; r < to; r++) {
-        float *row = x->p + r * BLOCK_K;
-        int64_t begin, end;
-        if (p->settings.softcap > 0) {
-            kernels->softcap(row, count, (float)p->settings.softcap);
-            for (int64_t j = 0; j < count; j++) {
-                float share = row[j] / (float)p->settings.softcap;
-                x->slope[r * BLOCK_K + j] = 1 - share * share;
-            }
-            kernels->scale(row, count, (float)ATTN_LOG2E);
+    float *row = x->p + r * BLOCK_K + low, *slope = x->slope + r * BLOCK_K + low;
+    int64_t count = high - low;
+    if (p->settings.softcap > 0) {
+        kernels->softcap(row, count, (float)p->settings.softcap);
+        for (int64_t j = 0; j < count; j++) {
+            float share = row[j] / (float)p->settings.softcap;
+            slope[j] = 1 - share * share;
         }
-        if (attn_dense_needs_adjust(p)) {
-            attn_dense_shift(p, row, b, h, n0 + r, key, count);
-        }
-        attn_dense_visible(p, b, n0 + r, &begin, &end);
-        attn_dense_mask_row(row, key, count, begin, end);
-        kernels->exp2_row(row, count, w->lse2[(b * p->heads + h) * p->n + n0 + r]);
+        kernels->scale(row, count, (float)ATTN_LOG2E);
     }
+    if (attn_dense_needs_adjust(p)) {
+        attn_dense_shift(p, row, b, h, n0 + r, key + low, count);
+    }
+    attn_dense_mask_row(row, low, count, see->begin[r], see->end[r]);
+    kernels->exp2_row(row, count, w->lse2[(b * p->heads + h) * p->n + n0 + r]);
 }
 
 /* Sums that only biases and slopes need, from dS before the soft cap's derivative. */
@@ -108,51 +179,68 @@ static void score_gradients(const backward *w, worker *x, int64_t b, int64_t h, 
     }
 }
 
-/* One query block against the loaded key block. */
+/* P and dS of `some` rows from `first` on, 0 outside columns [low, high). */
+static void score_rows(const backward *w, worker *x, const visible_rows *see, int64_t b, int64_t h, int64_t n0, int64_t first,
+                       int64_t some, int64_t key, int64_t low, int64_t high, double *slopes)
+{
+    const dense_problem *p = w->p;
+    const attn_tile_kernels *kernels = p->kernels;
+    int64_t nr = kernels->nr, count = high - low, at = first * BLOCK_K + low;
+    kernels->product(some, count, p->d, x->q + first * w->d_pad, w->d_pad, 1, x->kt + low * p->d, nr, p->d * nr, x->p + at, BLOCK_K, 0);
+    kernels->product(some, count, p->dv, x->grad_o + first * p->dv_pad, p->dv_pad, 1, x->vt + low * p->dv, nr, p->dv * nr, x->ds + at,
+                     BLOCK_K, 0);
+    for (int64_t r = first; r < first + some; r++) {
+        float *row = x->p + r * BLOCK_K, *ds = x->ds + r * BLOCK_K;
+        probabilities(w, x, see, b, h, n0, r, key, low, high);
+        kernels->grad_row(ds + low, row + low, count, w->delta[(b * p->heads + h) * p->n + n0 + r]);
+        memset(row, 0, (size_t)low * sizeof *row);
+        memset(ds, 0, (size_t)low * sizeof *ds);
+        memset(row + high, 0, (size_t)(BLOCK_K - high) * sizeof *row);
+        memset(ds + high, 0, (size_t)(BLOCK_K - high) * sizeof *ds);
+        if (w->to->bias != NULL || slopes != NULL) {
+            score_gradients(w, x, b, h, n0, r, key, attn_min_i64(high, p->m - key), slopes);
+        }
+        for (int64_t j = low; j < high && p->settings.softcap > 0; j++) {
+            ds[j] *= x->slope[r * BLOCK_K + j];
+        }
+    }
+}
+
+/* One query block against the loaded key block. Rows see different keys where a mask's edge crosses the block: each product leaves out
+ * what none of the rows, or keys, that it takes together needs. */
 static void query_block(const backward *w, worker *x, int64_t b, int64_t h, int64_t n0, int64_t rows, int64_t key, int64_t keys,
                         float *grad_q, double *slopes)
 {
     const dense_problem *p = w->p;
     const attn_tile_kernels *kernels = p->kernels;
-    int64_t from = rows, to = 0, nr = kernels->nr, count = attn_ceil_div(keys, nr) * nr;
-    for (int64_t r = 0; r < rows; r++) {
-        int64_t begin, end;
-        attn_dense_visible(p, b, n0 + r, &begin, &end);
-        if (begin < end && begin < key + keys && end > key) {
-            from = attn_min_i64(from, r);
-            to = r + 1;
-        }
-    }
-    if (from >= to) {
+    int64_t nr = kernels->nr, some, low, high;
+    visible_rows see;
+    find_visible(p, &see, b, n0, rows, key, keys);
+    if (see.from >= see.to) {
         return;
     }
-    int64_t some = to - from;
-    load_rows(p, x->q + from * w->d_pad, &p->in->q, b, h, n0 + from, some, w->d_pad,
+    load_rows(p, x->q + see.from * w->d_pad, &p->in->q, b, h, n0 + see.from, see.to - see.from, w->d_pad,
               (float)(p->base2 ? p->scale * ATTN_LOG2E : p->scale));
-    load_rows(p, x->grad_o + from * p->dv_pad, w->grad_o, b, h, n0 + from, some, p->dv_pad, 1);
-    probabilities(w, x, b, h, n0, from, to, key, count);
-    kernels->product(some, count, p->dv, x->grad_o + from * p->dv_pad, p->dv_pad, 1, x->vt, nr, p->dv * nr, x->ds + from * BLOCK_K,
-                     BLOCK_K, 0);
-    for (int64_t r = from; r < to; r++) {
-        kernels->grad_row(x->ds + r * BLOCK_K, x->p + r * BLOCK_K, count, w->delta[(b * p->heads + h) * p->n + n0 + r]);
-        if (w->to->bias != NULL || slopes != NULL) {
-            score_gradients(w, x, b, h, n0, r, key, keys, slopes);
-        }
-        for (int64_t j = 0; j < count && p->settings.softcap > 0; j++) {
-            x->ds[r * BLOCK_K + j] *= x->slope[r * BLOCK_K + j];
+    load_rows(p, x->grad_o + see.from * p->dv_pad, w->grad_o, b, h, n0 + see.from, see.to - see.from, p->dv_pad, 1);
+    for (int64_t r = see.from; r < see.to; r += some) {
+        some = rows_together(kernels, &see, r, &low, &high);
+        score_rows(w, x, &see, b, h, n0, r, some, key, low, high, slopes);
+        if (grad_q != NULL) {
+            kernels->product(some, p->d, attn_min_i64(high, keys) - low, x->ds + r * BLOCK_K + low, BLOCK_K, 1, x->k + low * w->d_pad,
+                             w->d_pad, nr, grad_q + (n0 + r) * p->d, p->d, 1);
         }
     }
-    if (w->to->v != NULL) {
-        kernels->product(keys, p->dv_pad, some, x->p + from * BLOCK_K, 1, BLOCK_K, x->grad_o + from * p->dv_pad, p->dv_pad, nr,
-                         x->grad_v, p->dv_pad, 1);
-    }
-    if (w->to->k != NULL) {
-        kernels->product(keys, w->d_pad, some, x->ds + from * BLOCK_K, 1, BLOCK_K, x->q + from * w->d_pad, w->d_pad, nr, x->grad_k,
-                         w->d_pad, 1);
-    }
-    if (grad_q != NULL) {
-        kernels->product(some, p->d, keys, x->ds + from * BLOCK_K, BLOCK_K, 1, x->k, w->d_pad, nr, grad_q + (n0 + from) * p->d, p->d,
-                         1);
+    for (int64_t j = 0; j < keys; j += some) {
+        some = keys_together(&see, j, keys, &low, &high);
+        int64_t at = low * BLOCK_K + j;
+        if (w->to->v != NULL && low < high) {
+            kernels->product(some, p->dv_pad, high - low, x->p + at, 1, BLOCK_K, x->grad_o + low * p->dv_pad, p->dv_pad, nr,
+                             x->grad_v + j * p->dv_pad, p->dv_pad, 1);
+        }
+        if (w->to->k != NULL && low < high) {
+            kernels->product(some, w->d_pad, high - low, x->ds + at, 1, BLOCK_K, x->q + low * w->d_pad, w->d_pad, nr,
+                             x->grad_k + j * w->d_pad, w->d_pad, 1);
+        }
     }
 }
 
