@@ -4,6 +4,7 @@
  * A family is one function in the table at the end.
  */
 #include "core/random.h"
+#include "kernel/decode.h"
 #include "kernel/dispatch.h"
 #include "kernel/linear.h"
 #include "kernel/quant.h"
@@ -224,7 +225,7 @@ static void check_types(const attn_tile_kernels *k, const attn_tile_kernels *s, 
 {
     const attn_dtype types[] = {ATTN_F32, ATTN_F16, ATTN_BF16, ATTN_I8};
     for (int t = 0; t < 4; t++) {
-        int64_t rows = draw(1, 4), keys = big ? 128 : draw(1, 40), d = big ? 128 : draw(1, 100), stride = d + draw(0, 9), lds = keys + 20;
+        int64_t keys = big ? 128 : draw(1, 40), d = big ? 128 : draw(1, 100), stride = d + draw(0, 9);
         void *data = random_typed(types[t], keys * stride + 64);
         char name[64];
         float *x = floats(keys * d, 1), *y = copy(x, keys * d);
@@ -235,24 +236,6 @@ static void check_types(const attn_tile_kernels *k, const attn_tile_kernels *s, 
         k->pack_transposed(x, keys, data, types[t], stride, keys, d), s->pack_transposed(y, keys, data, types[t], stride, keys, d);
         snprintf(name, sizeof name, "pack_transposed %s", attn_dtype_name(types[t]));
         same(name, x, y, keys * d, 0);
-        float *q = floats(rows * d, 1), *u = floats(rows * lds, 1), *v = copy(u, rows * lds);
-        k->decode_scores(u, lds, q, d, rows, data, types[t], stride, keys, d);
-        s->decode_scores(v, lds, q, d, rows, data, types[t], stride, keys, d);
-        snprintf(name, sizeof name, "decode_scores %s", attn_dtype_name(types[t]));
-        same(name, u, v, rows * lds, 3e-6);
-        if (big) {
-            BENCH(name, k->decode_scores(u, lds, q, d, rows, data, types[t], stride, keys, d),
-                  s->decode_scores(v, lds, q, d, rows, data, types[t], stride, keys, d));
-        }
-        float *o = floats(rows * stride, 1), *o2 = copy(o, rows * stride);
-        k->decode_values(o, stride, u, lds, rows, data, types[t], stride, keys, d);
-        s->decode_values(o2, stride, u, lds, rows, data, types[t], stride, keys, d);
-        snprintf(name, sizeof name, "decode_values %s", attn_dtype_name(types[t]));
-        same(name, o, o2, rows * stride, 3e-6);
-        if (big) {
-            BENCH(name, k->decode_values(o, stride, u, lds, rows, data, types[t], stride, keys, d),
-                  s->decode_values(o2, stride, u, lds, rows, data, types[t], stride, keys, d));
-        }
         release();
     }
 }
@@ -272,6 +255,66 @@ static void check_tile(void)
     check_softmax(k, s, 1);
     release();
     check_types(k, s, 1);
+}
+
+/* ---- decode ---- */
+
+static void check_decode_types(const attn_decode_kernels *k, const attn_decode_kernels *s, int big)
+{
+    const attn_dtype types[] = {ATTN_F32, ATTN_F16, ATTN_BF16, ATTN_I8};
+    for (int t = 0; t < 4; t++) {
+        /* Whole tiles in every second case: they have a path of their own. */
+        int64_t rows = draw(1, big ? 4 : 9), keys = big ? 128 : draw(1, 300), d = big ? 128 : draw(0, 1) ? 32 * draw(1, 16) : draw(1, 100);
+        int64_t stride = d + draw(0, 9), lds = keys + 20;
+        /* int8 is computed with rounded queries and weights where there is VNNI. */
+        double tolerance = types[t] == ATTN_I8 && level == ATTN_ISA_LEVEL_AVX512VNNI ? 2e-4 : 3e-6;
+        void *data = random_typed(types[t], keys * stride + 64);
+        char name[64];
+        float *q = floats(rows * d, 1), *u = floats(rows * lds, 1), *v = copy(u, rows * lds);
+        k->scores(u, lds, q, d, rows, data, types[t], stride, keys, d);
+        s->scores(v, lds, q, d, rows, data, types[t], stride, keys, d);
+        snprintf(name, sizeof name, "decode_scores %s", attn_dtype_name(types[t]));
+        same(name, u, v, rows * lds, tolerance);
+        if (big) {
+            BENCH(name, k->scores(u, lds, q, d, rows, data, types[t], stride, keys, d),
+                  s->scores(v, lds, q, d, rows, data, types[t], stride, keys, d));
+        }
+        float *o = floats(rows * stride, 1), *o2 = copy(o, rows * stride);
+        k->values(o, stride, u, lds, rows, data, types[t], stride, keys, d);
+        s->values(o2, stride, u, lds, rows, data, types[t], stride, keys, d);
+        snprintf(name, sizeof name, "decode_values %s", attn_dtype_name(types[t]));
+        same(name, o, o2, rows * stride, tolerance);
+        if (big) {
+            BENCH(name, k->values(o, stride, u, lds, rows, data, types[t], stride, keys, d),
+                  s->values(o2, stride, u, lds, rows, data, types[t], stride, keys, d));
+        }
+        release();
+    }
+}
+
+static void check_decode(void)
+{
+    const attn_decode_kernels *k = attn_decode_kernels_at(level), *s = attn_decode_kernels_at(ATTN_ISA_LEVEL_SCALAR);
+    for (int i = 0; i < 150; i++) {
+        check_decode_types(k, s, 0);
+    }
+    check_decode_types(k, s, 1);
+    /* Rows of zeros, of tiny and of infinite numbers. */
+    int8_t *data = random_typed(ATTN_I8, 64 * 64);
+    const float odd[] = {0, 1e-38f, INFINITY, NAN};
+    for (int i = 0; i < 4; i++) {
+        float *q = floats(4 * 64, 1), *u = floats(4 * 64, 1), *v = copy(u, 4 * 64);
+        for (int j = 0; j < 64; j++) {
+            q[64 + j] = i < 2 ? odd[i] : j == 5 ? odd[i] : q[64 + j];
+        }
+        k->scores(u, 64, q, 64, 4, data, ATTN_I8, 64, 64, 64), s->scores(v, 64, q, 64, 4, data, ATTN_I8, 64, 64, 64);
+        for (int j = 0; j < 4 * 64; j++) { /* NaN is equal to NaN here */
+            u[j] = isnan(u[j]) ? 1e9f : u[j];
+            v[j] = isnan(v[j]) ? 1e9f : v[j];
+        }
+        same("scores of odd rows", u, v, 4 * 64, i == 0 ? 2e-4 : 3e-6);
+    }
+    release();
 }
 
 /* ---- rows ---- */
@@ -411,7 +454,7 @@ static void check_quant(void)
 static const struct {
     const char *name;
     void (*check)(void);
-} families[] = {{"tile", check_tile}, {"rows", check_rows}, {"linear", check_linear}, {"quant", check_quant}};
+} families[] = {{"tile", check_tile}, {"decode", check_decode}, {"rows", check_rows}, {"linear", check_linear}, {"quant", check_quant}};
 
 int main(int argc, char **argv)
 {

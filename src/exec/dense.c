@@ -78,7 +78,7 @@ static attn_status check_key_length(const dense_problem *p, const attn_tensor *l
 
 attn_status attn_dense_check(dense_problem *p, const attn_dense_settings *settings, const attn_dense_inputs *in)
 {
-    *p = (dense_problem){.settings = *settings, .in = in, .kernels = attn_tile_kernels_get()};
+    *p = (dense_problem){.settings = *settings, .in = in, .kernels = attn_tile_kernels_get(), .decode = attn_decode_kernels_get()};
     if (in->q.ndim != 4 || in->k.ndim != 4 || in->v.ndim != 4) {
         return attn_fail(ATTN_ERR_SHAPE, "q, k and v have %d, %d and %d dimensions, expected 4: [B,H,N,D], [B,Hkv,M,D], [B,Hkv,M,Dv]",
                          in->q.ndim, in->k.ndim, in->v.ndim);

@@ -4,6 +4,7 @@
 
 #include "core/internal.h"
 #include "exec/softmax.h"
+#include "kernel/decode.h"
 #include "kernel/tile.h"
 #include <attn/dense.h>
 
@@ -20,6 +21,7 @@ typedef struct dense_problem {
     attn_dense_settings settings;
     const attn_dense_inputs *in;
     const attn_tile_kernels *kernels;
+    const attn_decode_kernels *decode;
     const attn_tensor *top; /* where decoding puts the key of the largest score; NULL: nowhere */
     int base2; /* q is scaled so that scores come out in base 2 at once (no soft cap in between) */
 } dense_problem;

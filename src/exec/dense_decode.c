@@ -8,7 +8,7 @@
 
 #define MOST_ROWS 16
 #define PART 1024 /* keys of a part */
-#define STEP 128  /* keys of a step of the online softmax; a multiple of all vector widths */
+#define STEP 256  /* keys of a step of the online softmax; a multiple of all vector widths */
 
 int attn_dense_is_decode(const dense_problem *p)
 {
@@ -22,11 +22,21 @@ typedef struct part_state {
     int64_t *top;
 } part_state;
 
-/* int8 only: the scales of some keys, or of their values. */
-static void load_scales(float *to, const attn_tensor *scales, int64_t b, int64_t kv, int64_t first, int64_t keys)
+/* int8 only: scores or weights of some keys times the scales of the keys, or of their values. */
+static void scale_keys(float *s, int64_t rows, const attn_tensor *scales, int64_t b, int64_t kv, int64_t first, int64_t keys)
 {
-    for (int64_t j = 0; j < keys && scales != NULL; j++) {
-        to[j] = attn_dense_row_scale(scales, b, kv, first + j);
+    if (scales == NULL) {
+        return;
+    }
+    float by[STEP];
+    const float *from = (const float *)scales->data + b * scales->stride[0] + kv * scales->stride[1] + first * scales->stride[2];
+    for (int64_t j = 0; j < keys; j++) {
+        by[j] = from[j * scales->stride[2]];
+    }
+    for (int64_t r = 0; r < rows; r++, s += STEP) {
+        for (int64_t j = 0; j < keys; j++) {
+            s[j] *= by[j];
+        }
     }
 }
 
@@ -50,15 +60,12 @@ static void attend_step(const dense_problem *p, const float *q, float *s, part_s
     const attn_tile_kernels *kernels = p->kernels;
     const attn_tensor *k = &p->in->k, *v = &p->in->v;
     int64_t rows = p->group * p->n, count = attn_ceil_div(keys, kernels->vw) * kernels->vw;
-    float alpha[MOST_ROWS], scale[STEP];
-    load_scales(scale, p->in->k_scale, b, kv, first, keys);
-    kernels->decode_scores(s, STEP, q, p->d, rows, attn_dense_row(k, b, kv, first), k->dtype, k->stride[2], keys, p->d);
+    float alpha[MOST_ROWS];
+    p->decode->scores(s, STEP, q, p->d, rows, attn_dense_row(k, b, kv, first), k->dtype, k->stride[2], keys, p->d);
+    scale_keys(s, rows, p->in->k_scale, b, kv, first, keys);
     for (int64_t r = 0; r < rows; r++) {
         float *row = s + r * STEP;
         int64_t h = kv * p->group + r / p->n, n = r % p->n, begin, end;
-        for (int64_t j = 0; j < keys && p->in->k_scale != NULL; j++) {
-            row[j] *= scale[j];
-        }
         if (attn_dense_needs_adjust(p)) {
             attn_dense_adjust(p, row, b, h, n, first, keys);
         }
@@ -74,16 +81,13 @@ static void attend_step(const dense_problem *p, const float *q, float *s, part_s
     } else {
         kernels->softmax(rows, s, STEP, count, state->m, state->l, alpha);
     }
-    load_scales(scale, p->in->v_scale, b, kv, first, keys);
     for (int64_t r = 0; r < rows; r++) {
         if (alpha[r] != 1.0f) {
             kernels->scale(state->o + r * p->dv_pad, p->dv, alpha[r]);
         }
-        for (int64_t j = 0; j < keys && p->in->v_scale != NULL; j++) {
-            s[r * STEP + j] *= scale[j];
-        }
     }
-    kernels->decode_values(state->o, p->dv_pad, s, STEP, rows, attn_dense_row(v, b, kv, first), v->dtype, v->stride[2], keys,
+    scale_keys(s, rows, p->in->v_scale, b, kv, first, keys);
+    p->decode->values(state->o, p->dv_pad, s, STEP, rows, attn_dense_row(v, b, kv, first), v->dtype, v->stride[2], keys,
                            p->dv);
 }
 

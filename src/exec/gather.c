@@ -122,7 +122,7 @@ static void attend(const gather *w, worker *x, const rows *g, int64_t first, int
     for (; first < last; first += STEP) {
         int64_t keys = attn_min_i64(STEP, last - first), count = attn_ceil_div(keys, kernels->vw) * kernels->vw;
         load_keys(w, x, g, first, keys);
-        kernels->decode_scores(x->s, STEP, x->q, p->d, g->rows, x->k, ATTN_F32, p->d, keys, p->d);
+        p->decode->scores(x->s, STEP, x->q, p->d, g->rows, x->k, ATTN_F32, p->d, keys, p->d);
         for (int64_t r = 0; r < g->rows; r++) {
             finish_scores(w, x->s + r * STEP, g, r, first, keys, NULL);
             for (int64_t j = keys; j < count; j++) {
@@ -135,7 +135,7 @@ static void attend(const gather *w, worker *x, const rows *g, int64_t first, int
                 kernels->scale(x->o + r * p->dv_pad, p->dv, x->alpha[r]);
             }
         }
-        kernels->decode_values(x->o, p->dv_pad, x->s, STEP, g->rows, x->v, ATTN_F32, p->dv, keys, p->dv);
+        p->decode->values(x->o, p->dv_pad, x->s, STEP, g->rows, x->v, ATTN_F32, p->dv, keys, p->dv);
     }
 }
 
@@ -311,8 +311,8 @@ static void backward_rows(const backward *w, worker *x, const rows *g, float *gr
     for (int64_t first = g->first; first < g->last; first += STEP) {
         int64_t keys = attn_min_i64(STEP, g->last - first);
         load_keys(&w->g, x, g, first, keys);
-        kernels->decode_scores(x->s, STEP, x->q, p->d, g->rows, x->k, ATTN_F32, p->d, keys, p->d);
-        kernels->decode_scores(x->ds, STEP, x->grad_o, p->dv, g->rows, x->v, ATTN_F32, p->dv, keys, p->dv);
+        p->decode->scores(x->s, STEP, x->q, p->d, g->rows, x->k, ATTN_F32, p->d, keys, p->d);
+        p->decode->scores(x->ds, STEP, x->grad_o, p->dv, g->rows, x->v, ATTN_F32, p->dv, keys, p->dv);
         for (int64_t r = 0; r < g->rows; r++) {
             float *s = x->s + r * STEP, *ds = x->ds + r * STEP, *slope = slopes != NULL ? slopes + r * STEP : NULL;
             int64_t row = (g->b * p->heads + g->h0 + r / g->count) * p->n + g->n0 + r % g->count;
@@ -336,7 +336,7 @@ static void backward_rows(const backward *w, worker *x, const rows *g, float *gr
             }
         }
         if (w->to->q != NULL) {
-            kernels->decode_values(grad_q, w->rows.d_pad, x->ds, STEP, g->rows, x->k, ATTN_F32, p->d, keys, p->d);
+            p->decode->values(grad_q, w->rows.d_pad, x->ds, STEP, g->rows, x->k, ATTN_F32, p->d, keys, p->d);
         }
     }
     for (int64_t r = 0; r < g->rows && w->to->q != NULL; r++) {

@@ -1,6 +1,6 @@
 #include "kernel/tile.h"
+#include "kernel/load.h"
 #include "kernel/vec.h"
-#include "tensor/half.h"
 
 /* Shape of the register tile: all accumulators, a row of B and a broadcast fit the registers. */
 #if V_REGISTERS == 32
@@ -240,38 +240,6 @@ static void grad_row(float *ds, const float *p, int64_t count, float delta)
 
 /* ---- Other data types ---- */
 
-VINLINE vf load_as(const void *from, const attn_dtype dtype, int64_t at)
-{
-    switch (dtype) {
-    case ATTN_F16: return v_load_f16((const uint16_t *)from + at);
-    case ATTN_BF16: return v_load_bf16((const uint16_t *)from + at);
-    case ATTN_I8: return v_load_i8((const int8_t *)from + at);
-    default: return v_load((const float *)from + at);
-    }
-}
-
-VINLINE float load_one(const void *from, const attn_dtype dtype, int64_t at)
-{
-    switch (dtype) {
-    case ATTN_F16: return attn_f16_to_f32(((const uint16_t *)from)[at]);
-    case ATTN_BF16: return attn_bf16_to_f32(((const uint16_t *)from)[at]);
-    case ATTN_I8: return ((const int8_t *)from)[at];
-    default: return ((const float *)from)[at];
-    }
-}
-
-VINLINE vf load_as_n(const void *from, const attn_dtype dtype, int64_t at, int lanes)
-{
-    if (dtype == ATTN_F32) {
-        return v_load_n((const float *)from + at, lanes);
-    }
-    float row[VW] = {0};
-    for (int i = 0; i < lanes; i++) {
-        row[i] = load_one(from, dtype, at + i);
-    }
-    return v_load(row);
-}
-
 VINLINE void load_row_as(float *to, const void *from, const attn_dtype dtype, int64_t count, float factor)
 {
     vf by = v_set1(factor);
@@ -283,31 +251,6 @@ VINLINE void load_row_as(float *to, const void *from, const attn_dtype dtype, in
         v_store_n(to + j, v_mul(load_as_n(from, dtype, j, (int)(count - j)), by), (int)(count - j));
     }
 }
-
-/* One copy of `body` per data type, with `dtype` a constant in it. */
-#define BY_DTYPE(body)                     \
-    switch (dtype_) {                      \
-    case ATTN_F16: {                       \
-        const attn_dtype dtype = ATTN_F16; \
-        body;                              \
-        break;                             \
-    }                                      \
-    case ATTN_BF16: {                      \
-        const attn_dtype dtype = ATTN_BF16; \
-        body;                              \
-        break;                             \
-    }                                      \
-    case ATTN_I8: {                        \
-        const attn_dtype dtype = ATTN_I8;  \
-        body;                              \
-        break;                             \
-    }                                      \
-    default: {                             \
-        const attn_dtype dtype = ATTN_F32; \
-        body;                              \
-        break;                             \
-    }                                      \
-    }
 
 static void load_row(float *to, const void *from, attn_dtype dtype_, int64_t count, float factor)
 {
@@ -389,241 +332,6 @@ static void pack_transposed(float *to, int64_t ld, const void *from, attn_dtype 
     BY_DTYPE(pack_transposed_as(to, ld, from, dtype, stride, rows, count))
 }
 
-/* ---- One-token decoding ---- */
-
-/* Rows that a caller's next step will read, asked for while this one is computed: memory is the limit here. Past the end of the data
- * it does nothing. */
-#define ROWS_AHEAD 128
-VINLINE void fetch_ahead(const void *from, const attn_dtype dtype, int64_t row, int64_t stride, int64_t c)
-{
-    int64_t size = dtype == ATTN_F32 ? 4 : dtype == ATTN_I8 ? 1 : 2;
-    if (c * size % 64 == 0) {
-        __builtin_prefetch((const void *)((uintptr_t)from + (uintptr_t)(((row + ROWS_AHEAD) * stride + c) * size)), 0, 2);
-    }
-}
-
-/* Scores of `rows` query rows with two keys at a time, so that the sums of one hide behind the other. */
-VINLINE void scores_as(const int rows, float *s, int64_t lds, const float *q, int64_t ldq, const void *k,
-                       const attn_dtype dtype, int64_t stride, int64_t keys, int64_t d)
-{
-    int64_t whole = d / VW * VW;
-    int rest = (int)(d - whole);
-    for (int64_t j = 0; j < keys; j += 2) {
-        int64_t other = j + 1 < keys ? j + 1 : j;
-        vf acc[4][2];
-#pragma GCC unroll 4
-        for (int r = 0; r < rows; r++) {
-            acc[r][0] = acc[r][1] = v_zero();
-        }
-        for (int64_t c = 0; c < whole; c += VW) {
-            vf x = load_as(k, dtype, j * stride + c), y = load_as(k, dtype, other * stride + c);
-#pragma GCC unroll 4
-            for (int r = 0; r < rows; r++) {
-                vf w = v_load(q + r * ldq + c);
-                acc[r][0] = v_fma(w, x, acc[r][0]);
-                acc[r][1] = v_fma(w, y, acc[r][1]);
-            }
-        }
-        if (rest > 0) {
-            vf x = load_as_n(k, dtype, j * stride + whole, rest), y = load_as_n(k, dtype, other * stride + whole, rest);
-#pragma GCC unroll 4
-            for (int r = 0; r < rows; r++) {
-                vf w = v_load_n(q + r * ldq + whole, rest);
-                acc[r][0] = v_fma(w, x, acc[r][0]);
-                acc[r][1] = v_fma(w, y, acc[r][1]);
-            }
-        }
-#pragma GCC unroll 4
-        for (int r = 0; r < rows; r++) {
-            s[r * lds + j] = v_sum(acc[r][0]);
-            s[r * lds + other] = v_sum(acc[r][1]);
-        }
-    }
-}
-
-#if defined(ATTN_ISA_AVX512)
-/* Four sums at once: lane i of each 128-bit part of the result holds a part of the sum of x_i. */
-VINLINE __m128 sums_of_4(vf a, vf b, vf c, vf d)
-{
-    vf ab = _mm512_add_ps(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b));
-    vf cd = _mm512_add_ps(_mm512_unpacklo_ps(c, d), _mm512_unpackhi_ps(c, d));
-    vf abcd = _mm512_add_ps(_mm512_castpd_ps(_mm512_unpacklo_pd(_mm512_castps_pd(ab), _mm512_castps_pd(cd))),
-                            _mm512_castpd_ps(_mm512_unpackhi_pd(_mm512_castps_pd(ab), _mm512_castps_pd(cd))));
-    __m256 half = _mm256_add_ps(_mm512_castps512_ps256(abcd), _mm512_extractf32x8_ps(abcd, 1));
-    return _mm_add_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1));
-}
-
-/* Four keys at a time. */
-VINLINE int64_t scores_by_4(const int rows, float *s, int64_t lds, const float *q, int64_t ldq, const void *k,
-                            const attn_dtype dtype, int64_t stride, int64_t keys, int64_t d)
-{
-    if (d % VW != 0) {
-        return 0;
-    }
-    int64_t j = 0;
-    for (; j + 4 <= keys; j += 4) {
-        vf acc[4][4];
-#pragma GCC unroll 4
-        for (int r = 0; r < rows; r++) {
-#pragma GCC unroll 4
-            for (int i = 0; i < 4; i++) {
-                acc[r][i] = v_zero();
-            }
-        }
-        /* Key by key reads memory in order, side by side reads the queries less often: measured, halves gain from the first, f32 and
-         * int8 from the second. */
-        if (dtype == ATTN_F16 || dtype == ATTN_BF16) {
-#pragma GCC unroll 4
-            for (int i = 0; i < 4; i++) {
-                for (int64_t c = 0; c < d; c += VW) {
-                    fetch_ahead(k, dtype, j + i, stride, c);
-                    vf x = load_as(k, dtype, (j + i) * stride + c);
-#pragma GCC unroll 4
-                    for (int r = 0; r < rows; r++) {
-                        acc[r][i] = v_fma(v_load(q + r * ldq + c), x, acc[r][i]);
-                    }
-                }
-            }
-        }
-        for (int64_t c = 0; c < d && dtype != ATTN_F16 && dtype != ATTN_BF16; c += VW) {
-            vf x[4];
-#pragma GCC unroll 4
-            for (int i = 0; i < 4; i++) {
-                fetch_ahead(k, dtype, j + i, stride, c);
-                x[i] = load_as(k, dtype, (j + i) * stride + c);
-            }
-#pragma GCC unroll 4
-            for (int r = 0; r < rows; r++) {
-                vf w = v_load(q + r * ldq + c);
-#pragma GCC unroll 4
-                for (int i = 0; i < 4; i++) {
-                    acc[r][i] = v_fma(w, x[i], acc[r][i]);
-                }
-            }
-        }
-#pragma GCC unroll 4
-        for (int r = 0; r < rows; r++) {
-            _mm_storeu_ps(s + r * lds + j, sums_of_4(acc[r][0], acc[r][1], acc[r][2], acc[r][3]));
-        }
-    }
-    return j;
-}
-#endif
-
-VINLINE void scores_rows(const int rows, float *s, int64_t lds, const float *q, int64_t ldq, const void *k,
-                         const attn_dtype dtype, int64_t stride, int64_t keys, int64_t d)
-{
-    int64_t done = 0;
-#if defined(ATTN_ISA_AVX512)
-    done = scores_by_4(rows, s, lds, q, ldq, k, dtype, stride, keys, d);
-#endif
-    const char *rest = (const char *)k + done * stride * (dtype == ATTN_F32 ? 4 : dtype == ATTN_I8 ? 1 : 2);
-    scores_as(rows, s + done, lds, q, ldq, rest, dtype, stride, keys - done, d);
-}
-
-VINLINE void scores_any(float *s, int64_t lds, const float *q, int64_t ldq, int64_t rows, const void *k,
-                        const attn_dtype dtype, int64_t stride, int64_t keys, int64_t d)
-{
-    for (; rows >= 4; rows -= 4, s += 4 * lds, q += 4 * ldq) {
-        scores_rows(4, s, lds, q, ldq, k, dtype, stride, keys, d);
-    }
-    switch (rows) {
-    case 3: scores_rows(3, s, lds, q, ldq, k, dtype, stride, keys, d); break;
-    case 2: scores_rows(2, s, lds, q, ldq, k, dtype, stride, keys, d); break;
-    case 1: scores_rows(1, s, lds, q, ldq, k, dtype, stride, keys, d); break;
-    default: break;
-    }
-}
-
-static void decode_scores(float *s, int64_t lds, const float *q, int64_t ldq, int64_t rows, const void *k,
-                          attn_dtype dtype_, int64_t stride, int64_t keys, int64_t d)
-{
-    BY_DTYPE(scores_any(s, lds, q, ldq, rows, k, dtype, stride, keys, d))
-}
-
-/* `vectors` vectors of columns from column c on, for `rows` rows, over all keys. */
-VINLINE void values_tile(const int rows, const int vectors, float *o, int64_t ldo, const float *p, int64_t ldp,
-                         const void *v, const attn_dtype dtype, int64_t stride, int64_t keys, int64_t c)
-{
-    vf acc[4][4];
-#pragma GCC unroll 4
-    for (int r = 0; r < rows; r++) {
-#pragma GCC unroll 4
-        for (int i = 0; i < vectors; i++) {
-            acc[r][i] = v_load(o + r * ldo + c + i * VW);
-        }
-    }
-    for (int64_t j = 0; j < keys; j++) {
-        vf x[4];
-#pragma GCC unroll 4
-        for (int i = 0; i < vectors; i++) {
-            fetch_ahead(v, dtype, j, stride, c + i * VW);
-            x[i] = load_as(v, dtype, j * stride + c + i * VW);
-        }
-#pragma GCC unroll 4
-        for (int r = 0; r < rows; r++) {
-            vf w = v_set1(p[r * ldp + j]);
-#pragma GCC unroll 4
-            for (int i = 0; i < vectors; i++) {
-                acc[r][i] = v_fma(w, x[i], acc[r][i]);
-            }
-        }
-    }
-#pragma GCC unroll 4
-    for (int r = 0; r < rows; r++) {
-#pragma GCC unroll 4
-        for (int i = 0; i < vectors; i++) {
-            v_store(o + r * ldo + c + i * VW, acc[r][i]);
-        }
-    }
-}
-
-VINLINE void values_rows(const int rows, float *o, int64_t ldo, const float *p, int64_t ldp, const void *v,
-                         const attn_dtype dtype, int64_t stride, int64_t keys, int64_t dv)
-{
-    int64_t c = 0;
-#if V_REGISTERS == 32
-    for (; c + 4 * VW <= dv; c += 4 * VW) {
-        values_tile(rows, 4, o, ldo, p, ldp, v, dtype, stride, keys, c);
-    }
-#endif
-    for (; c + 2 * VW <= dv; c += 2 * VW) {
-        values_tile(rows, 2, o, ldo, p, ldp, v, dtype, stride, keys, c);
-    }
-    for (; c + VW <= dv; c += VW) {
-        values_tile(rows, 1, o, ldo, p, ldp, v, dtype, stride, keys, c);
-    }
-    for (; c < dv; c++) {
-        for (int r = 0; r < rows; r++) {
-            float sum = o[r * ldo + c];
-            for (int64_t j = 0; j < keys; j++) {
-                sum += p[r * ldp + j] * load_one(v, dtype, j * stride + c);
-            }
-            o[r * ldo + c] = sum;
-        }
-    }
-}
-
-VINLINE void values_any(float *o, int64_t ldo, const float *p, int64_t ldp, int64_t rows, const void *v,
-                        const attn_dtype dtype, int64_t stride, int64_t keys, int64_t dv)
-{
-    for (; rows >= 4; rows -= 4, o += 4 * ldo, p += 4 * ldp) {
-        values_rows(4, o, ldo, p, ldp, v, dtype, stride, keys, dv);
-    }
-    switch (rows) {
-    case 3: values_rows(3, o, ldo, p, ldp, v, dtype, stride, keys, dv); break;
-    case 2: values_rows(2, o, ldo, p, ldp, v, dtype, stride, keys, dv); break;
-    case 1: values_rows(1, o, ldo, p, ldp, v, dtype, stride, keys, dv); break;
-    default: break;
-    }
-}
-
-static void decode_values(float *o, int64_t ldo, const float *p, int64_t ldp, int64_t rows, const void *v,
-                          attn_dtype dtype_, int64_t stride, int64_t keys, int64_t dv)
-{
-    BY_DTYPE(values_any(o, ldo, p, ldp, rows, v, dtype, stride, keys, dv))
-}
-
 extern const attn_tile_kernels ATTN_K(attn_tile_kernels_table);
 const attn_tile_kernels ATTN_K(attn_tile_kernels_table) = {
     .mr = MR,
@@ -640,6 +348,4 @@ const attn_tile_kernels ATTN_K(attn_tile_kernels_table) = {
     .grad_row = grad_row,
     .load_row = load_row,
     .pack_transposed = pack_transposed,
-    .decode_scores = decode_scores,
-    .decode_values = decode_values,
 };

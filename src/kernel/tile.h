@@ -45,14 +45,6 @@ typedef struct attn_tile_kernels {
     /* Pack `rows` rows (stride in elements) of `count` contiguous numbers transposed: to[c*ld + r], r < rows. */
     void (*pack_transposed)(float *to, int64_t ld, const void *from, attn_dtype dtype, int64_t stride, int64_t rows,
                             int64_t count);
-
-    /* One pass over `keys` contiguous rows (stride in elements) for a few query rows (1 ... 4 at a time, f32 [rows][d]):
-     * s[r*lds + j] = q[r] . k[j]. */
-    void (*decode_scores)(float *s, int64_t lds, const float *q, int64_t ldq, int64_t rows, const void *k, attn_dtype dtype,
-                          int64_t stride, int64_t keys, int64_t d);
-    /* o[r*ldo + c] += sum_j p[r*ldp + j] v[j][c]. */
-    void (*decode_values)(float *o, int64_t ldo, const float *p, int64_t ldp, int64_t rows, const void *v, attn_dtype dtype,
-                          int64_t stride, int64_t keys, int64_t dv);
 } attn_tile_kernels;
 
 /* For this machine, or what ATTN_ISA asks for. */
