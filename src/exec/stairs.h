@@ -14,9 +14,10 @@ typedef struct attn_stairs_head {
     const int64_t *end; /* [rows], 0 ... keys; best sorted */
     const float *k, *v; /* [keys][d], [keys][dv] */
     const float *own_k, *own_v; /* [rows][d], [rows][dv]: one more key per row; or both NULL */
-    /* Relative positions: rows are consecutive, row r stands at position first + r. The score is scale * (q.k + rel_q . R[zero + j -
-     * position] + S[zero + j - position]). NULL when absent. */
-    const float *rel_q, *rel_emb, *rel_bias; /* [rows][d]; R [rel_count][rel_stride]; S with a stride of rel_bias_stride */
+    const float *q_bias; /* [d], added to q where it meets keys; or NULL */
+    /* Relative positions: rows are consecutive, row r stands at position first + r. The score is scale * ((q + q_bias).k + q.R[zero + j -
+     * position] + S[zero + j - position]). R is NULL for all heads when there are none; S may be NULL. */
+    const float *rel_emb, *rel_bias; /* R [rel_count][rel_stride]; S with a stride of rel_bias_stride */
     int64_t first, zero, rel_count, rel_stride, rel_bias_stride;
     float *o, *lse; /* [rows][dv], [rows]; a row without keys gets 0 and -inf */
 } attn_stairs_head;
@@ -34,7 +35,7 @@ typedef struct attn_stairs_gradient {
     const float *grad_o;  /* [rows][dv] */
     float *q;             /* [rows][d] */
     float *own_k, *own_v; /* as own_k, own_v */
-    float *rel_q;         /* [rows][d] */
+    float *rel_q;         /* [rows][d]: what q gets from the relative term, apart from `q` */
     float *rel_emb;       /* [rel_count][d], this head's */
     float *rel_bias;      /* [rel_count], this head's */
 } attn_stairs_gradient;

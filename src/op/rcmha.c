@@ -21,7 +21,6 @@ typedef struct core {
     double scale;
     const float *q, *k, *v, *rel_emb, *rel_bias, *q_bias;
     float *o, *lse;
-    float *content; /* q + q_bias, [B*H][n][d] */
     attn_stairs stairs;
 } core;
 
@@ -30,24 +29,18 @@ static attn_status core_forward(attn_call *call, core *x)
     int64_t all = x->batch * x->heads, group = x->heads / x->kv_heads;
     attn_stairs_head *list = attn_arena_array(call->arena, (size_t)all, sizeof *list);
     int64_t *end = attn_arena_array(call->arena, (size_t)x->n, sizeof *end);
-    x->content = attn_scratch_f32(call, all * x->n * x->d);
-    if (list == NULL || end == NULL || x->content == NULL) {
-        return attn_fail_memory((size_t)(all * x->n * x->d) * sizeof(float));
+    if (list == NULL || end == NULL) {
+        return attn_fail_memory((size_t)all * sizeof *list);
     }
     for (int64_t i = 0; i < x->n; i++) {
         end[i] = x->causal ? attn_max_i64(0, i + x->m - x->n + 1) : x->m;
     }
     for (int64_t bh = 0; bh < all; bh++) {
         int64_t h = bh % x->heads, kv = bh / x->heads * x->kv_heads + h / group;
-        const float *q = x->q + bh * x->q_stride * x->d;
-        float *content = x->content + bh * x->n * x->d;
-        for (int64_t i = 0; i < x->n * x->d; i++) {
-            content[i] = x->q_bias != NULL ? q[i] + x->q_bias[h * x->d + i % x->d] : q[i];
-        }
-        list[bh] = (attn_stairs_head){.rows = x->n, .kv = kv, .q = content, .end = end, .k = x->k + kv * x->k_stride * x->d,
-                                      .v = x->v + kv * x->k_stride * x->dv, .o = x->o + bh * x->n * x->dv, .lse = x->lse + bh * x->n};
+        list[bh] = (attn_stairs_head){.rows = x->n, .kv = kv, .q = x->q + bh * x->q_stride * x->d, .end = end, .k = x->k + kv * x->k_stride * x->d,
+                                      .v = x->v + kv * x->k_stride * x->dv, .o = x->o + bh * x->n * x->dv, .lse = x->lse + bh * x->n,
+                                      .q_bias = x->q_bias != NULL ? x->q_bias + h * x->d : NULL};
         if (x->rel_emb != NULL) {
-            list[bh].rel_q = q;
             list[bh].rel_emb = x->rel_emb + h * x->d;
             list[bh].rel_stride = x->heads * x->d;
             list[bh].rel_bias = x->rel_bias != NULL ? x->rel_bias + h : NULL;
