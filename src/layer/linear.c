@@ -16,11 +16,11 @@ attn_status attn_linear_forward(attn_arena *arena, int threads, int64_t rows, in
     return attn_gemm(arena, threads, 0, 1, rows, out, in, 1.0f, x, in, w, in, bias != NULL ? 1.0f : 0.0f, y, out);
 }
 
-attn_status attn_linear_backward(attn_arena *arena, int threads, int64_t rows, int64_t in, int64_t out, const float *x,
-                                 const float *w, const float *grad_y, float *grad_x, float *grad_w, float *grad_bias)
+static attn_status backward(attn_arena *arena, int threads, int64_t rows, int64_t in, int64_t out, const float *x, const float *w,
+                            const float *grad_y, float keep, float *grad_x, float *grad_w, float *grad_bias)
 {
     if (grad_x != NULL) {
-        ATTN_TRY(attn_gemm(arena, threads, 0, 0, rows, in, out, 1.0f, grad_y, out, w, in, 0.0f, grad_x, in));
+        ATTN_TRY(attn_gemm(arena, threads, 0, 0, rows, in, out, 1.0f, grad_y, out, w, in, keep, grad_x, in));
     }
     if (grad_w != NULL) {
         ATTN_TRY(attn_gemm(arena, threads, 1, 0, out, in, rows, 1.0f, grad_y, out, x, in, 1.0f, grad_w, in));
@@ -35,4 +35,16 @@ attn_status attn_linear_backward(attn_arena *arena, int threads, int64_t rows, i
         }
     }
     return ATTN_OK;
+}
+
+attn_status attn_linear_backward(attn_arena *arena, int threads, int64_t rows, int64_t in, int64_t out, const float *x,
+                                 const float *w, const float *grad_y, float *grad_x, float *grad_w, float *grad_bias)
+{
+    return backward(arena, threads, rows, in, out, x, w, grad_y, 0.0f, grad_x, grad_w, grad_bias);
+}
+
+attn_status attn_linear_backward_add(attn_arena *arena, int threads, int64_t rows, int64_t in, int64_t out, const float *x,
+                                     const float *w, const float *grad_y, float *grad_x, float *grad_w, float *grad_bias)
+{
+    return backward(arena, threads, rows, in, out, x, w, grad_y, 1.0f, grad_x, grad_w, grad_bias);
 }

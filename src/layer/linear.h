@@ -11,5 +11,8 @@ attn_status attn_linear_forward(attn_arena *arena, int threads, int64_t rows, in
  * NULL; w is read only for grad_x, x only for grad_w. ATTN_ERR_MEMORY. */
 attn_status attn_linear_backward(attn_arena *arena, int threads, int64_t rows, int64_t in, int64_t out, const float *x,
                                  const float *w, const float *grad_y, float *grad_x, float *grad_w, float *grad_bias);
+/* The same, but grad_x is added to. */
+attn_status attn_linear_backward_add(attn_arena *arena, int threads, int64_t rows, int64_t in, int64_t out, const float *x,
+                                     const float *w, const float *grad_y, float *grad_x, float *grad_w, float *grad_bias);
 
 #endif
