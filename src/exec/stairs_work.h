@@ -4,6 +4,7 @@
 
 #include "exec/softmax.h"
 #include "exec/stairs.h"
+#include "kernel/decode.h"
 #include "kernel/tile.h"
 
 #define STAIRS_BLOCK_Q 192
@@ -26,6 +27,7 @@ typedef struct stairs_table {
 typedef struct stairs_problem {
     const attn_stairs *stairs;
     const attn_tile_kernels *kernels;
+    const attn_decode_kernels *decode;
     int64_t d, dv, d_pad, dv_pad, keys, keys_pad, group_count, table_count;
     float factor;    /* of q, for scores in base 2 */
     int relative;
