@@ -269,6 +269,84 @@ static void test_masked_heads(void **state)
     }
 }
 
+/* "max" and "log_linear" over several blocks of keys, beside the map itself; whole numbers, so that maxima are often not alone. */
+static void test_softpag_sweeps(void **state)
+{
+    (void)state;
+    enum { N = 600, D = 3, DV = 2 };
+    static const char *const specs[] = {"softpag:u=0.7,target=max,scale=0.6", "softpag:u=0.7,path=log_linear,scale=3"};
+    for (int path = 0; path < 2; path++) {
+        opcheck_case c = {.seed = 12};
+        float *q = opcheck_input(&c, "q", SHAPE(1, 1, N, D)), *k = opcheck_input(&c, "k", SHAPE(1, 1, N, D));
+        float *v = opcheck_input(&c, "v", SHAPE(1, 1, N, DV)), o[N * DV];
+        for (int i = 0; i < N * D; i++) {
+            q[i] = rintf(q[i]), k[i] = rintf(k[i]);
+        }
+        output_of(specs[path], &c, "o", attn_tensor_make(o, ATTN_F32, SHAPE(1, 1, N, DV)));
+        for (int i = 0; i < N; i++) {
+            double s[N], top = -INFINITY, sum = 0, total = 0, want[DV] = {0};
+            int best = 0;
+            for (int j = 0; j < N; j++) {
+                s[j] = 0;
+                for (int d = 0; d < D; d++) {
+                    s[j] += (path == 0 ? 0.6 : 3.0) * (double)q[i * D + d] * (double)k[j * D + d];
+                }
+                best = s[j] > s[best] + 1e-9 ? j : best;
+                top = fmax(top, s[j]);
+            }
+            for (int j = 0; j < N; j++) {
+                sum += exp(s[j] - top);
+            }
+            for (int j = 0; j < N; j++) {
+                double a = exp(s[j] - top) / sum, b = j == i ? 1 - 1e-6 * (N - 1) + 1e-6 : 1e-6;
+                double weight = path == 0 ? 0.3 * a + (j == best ? 0.7 : 0) : pow(b, 0.7) * pow(fmax(a, 1e-12), 0.3);
+                total += weight;
+                for (int d = 0; d < DV; d++) {
+                    want[d] += weight * (double)v[j * DV + d];
+                }
+            }
+            for (int d = 0; d < DV; d++) {
+                if (!(fabs((double)o[i * DV + d] - want[d] / total) <= 1e-4)) {
+                    fail_msg("%s: o[%d, %d] = %g, expected %g", specs[path], i, d, (double)o[i * DV + d], want[d] / total);
+                }
+            }
+        }
+        free_inputs(&c);
+    }
+}
+
+/* No queries or no keys: gradients are zeros. */
+static void test_softpag_of_nothing(void **state)
+{
+    (void)state;
+    static const char *const targets[] = {"uniform", "query_mean", "max", "temperature"};
+    for (int t = 0; t < 4; t++) {
+        for (int keys = 0; keys < 2; keys++) {
+            int64_t n = keys ? 0 : 3, m = keys ? 3 : 0;
+            char spec[60];
+            snprintf(spec, sizeof spec, "softpag:target=%s", targets[t]);
+            float x[3 * 2] = {1, 2, 3, 4, 5, 6}, grads[3][3 * 2];
+            attn_tensor q = attn_tensor_make(x, ATTN_F32, SHAPE(1, 1, n, 2)), k = attn_tensor_make(x, ATTN_F32, SHAPE(1, 1, m, 2));
+            attn_named_tensor in[] = {{"q", q}, {"k", k}, {"v", k}}, grad_o = {"o", q};
+            attn_named_tensor to[] = {{"q", q}, {"k", k}, {"v", k}};
+            for (int i = 0; i < 3; i++) {
+                to[i].tensor.data = grads[i];
+            }
+            attn_op *op;
+            assert_int_equal(attn_op_create(&op, spec), ATTN_OK);
+            assert_int_equal(attn_op_backward(op, in, 3, NULL, 0, &grad_o, 1, to, 3, NULL), ATTN_OK);
+            for (int i = 0; i < 3; i++) {
+                for (int64_t j = 0; j < attn_tensor_count(&to[i].tensor); j++) {
+                    if (grads[i][j] != 0) {
+                        fail_msg("%s, N = %d: gradient of %s[%d] = %g", spec, (int)n, to[i].name, (int)j, (double)grads[i][j]);
+                    }
+                }
+            }
+            attn_op_destroy(op);
+        }
+    }
+}
+
 static void test_embed_checks_ids(void **state)
 {
     (void)state;
@@ -292,7 +370,8 @@ int main(void)
         cmocka_unit_test(test_softpag_gradients), cmocka_unit_test(test_softpag_paths_meet), cmocka_unit_test(test_softpag_errors),
         cmocka_unit_test(test_mrsa_gradients),    cmocka_unit_test(test_mrsa_errors),        cmocka_unit_test(test_disendiff_gradients),
         cmocka_unit_test(test_disendiff_errors),  cmocka_unit_test(test_retrieval_errors),   cmocka_unit_test(test_retrieval_many_steps),
-        cmocka_unit_test(test_retrieval_any_scale), cmocka_unit_test(test_masked_heads), cmocka_unit_test(test_embed_checks_ids),
+        cmocka_unit_test(test_retrieval_any_scale), cmocka_unit_test(test_masked_heads), cmocka_unit_test(test_softpag_sweeps),
+        cmocka_unit_test(test_softpag_of_nothing), cmocka_unit_test(test_embed_checks_ids),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }

@@ -98,7 +98,7 @@ static void check(uint64_t seed, int64_t n, const int64_t keys[LISTS], int64_t d
             free(factor);
         }
     }
-    attn_segments s = {BATCH, HEADS, KV_HEADS, n, d, dv, 0.4, normal(&random, rows * d), LISTS, lists};
+    attn_segments s = {BATCH, HEADS, KV_HEADS, n, d, dv, 0.4, normal(&random, rows * d), LISTS, lists, NULL, NULL};
     float *o[3], *lse[3], *shares[3];
     static const int threads[] = {1, 2, 7};
     attn_arena *arena;
@@ -145,8 +145,58 @@ static void test_beside_plain(void **state)
     check(5, 1, (int64_t[]){0, 0, 5, 0}, 64, 64);
 }
 
+/* Every score of every row once, in order; what the hook makes of them counts. */
+typedef struct seen {
+    int64_t next[3]; /* of each row: keys seen so far, over both lists */
+    double sum[3];
+} seen;
+
+static void see(void *user, float *scores, int64_t row, int64_t segment, int64_t first, int64_t keys)
+{
+    seen *x = user;
+    if (x->next[row] != segment * 700 + first) {
+        x->sum[row] = NAN; /* out of order */
+    }
+    x->next[row] += keys;
+    for (int64_t j = 0; j < keys; j++) {
+        x->sum[row] += (double)scores[j];
+        scores[j] = segment == 1 && first + j == row ? 0 : -INFINITY;
+    }
+}
+
+static void test_hook(void **state)
+{
+    (void)state;
+    attn_random random;
+    attn_random_seed(&random, 9);
+    float *k = normal(&random, 700 * 2), *v = normal(&random, 700 * 2), q[3 * 2] = {1, 0, 0, 1, 1, 1}, o[3 * 2];
+    attn_segment lists[] = {{.keys = 700, .k = k, .v = v}, {.keys = 5, .k = k, .v = v}};
+    attn_segments s = {1, 1, 1, 3, 2, 2, 0.69314718055994531, q, 2, lists, see, NULL}; /* base 2: q.k itself */
+    attn_arena *arena;
+    assert_int_equal(attn_arena_create(&arena, 0), ATTN_OK);
+    for (int with = 0; with < 2; with++) {
+        seen x = {{0}, {0}};
+        s.user = &x;
+        assert_int_equal(attn_segments_forward(&s, with ? o : NULL, NULL, NULL, arena, 1), ATTN_OK);
+        for (int64_t row = 0; row < 3; row++) {
+            double want = 0;
+            for (int64_t j = 0; j < 705; j++) {
+                const float *key = k + j % 700 * 2;
+                want += (double)q[2 * row] * (double)key[0] + (double)q[2 * row + 1] * (double)key[1];
+            }
+            assert_int_equal(x.next[row], 705);
+            compare("sum of scores", row, 0, x.sum[row], want);
+            for (int64_t c = 0; c < 2 && with; c++) {
+                compare("o", row, c, (double)o[2 * row + c], (double)v[2 * row + c]);
+            }
+        }
+    }
+    free(k), free(v);
+    attn_arena_destroy(arena);
+}
+
 int main(void)
 {
-    const struct CMUnitTest tests[] = {cmocka_unit_test(test_beside_plain)};
+    const struct CMUnitTest tests[] = {cmocka_unit_test(test_beside_plain), cmocka_unit_test(test_hook)};
     return cmocka_run_group_tests(tests, NULL, NULL);
 }

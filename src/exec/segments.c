@@ -16,6 +16,7 @@ typedef struct problem {
     int64_t rows; /* of a key/value head: its query heads one after the other */
     int64_t dv_pad;
     float *o, *lse, *shares;
+    int weighted; /* any of these is wanted */
 } problem;
 
 /* The scores' bias goes through the product: one more channel, which is 1 in every query. */
@@ -69,16 +70,28 @@ static const float *take_values(const problem *p, worker *w, const attn_segment 
     return w->v;
 }
 
-/* All rows of a task against one step of keys. */
-static void attend_step(const problem *p, worker *w, int64_t rows, int64_t keys, int with_bias, const float *v)
+/* Keys [first, first + keys) of a list. */
+typedef struct step {
+    int64_t segment, first, keys;
+    int with_bias;
+    const float *v;
+} step;
+
+/* All rows of a task against one step of keys; `row`: the number of the first one. */
+static void attend_step(const problem *p, worker *w, int64_t row, int64_t rows, const step *x)
 {
     const attn_tile_kernels *kernels = p->kernels;
-    int64_t d = p->s->d, count = attn_ceil_div(keys, kernels->vw) * kernels->vw;
+    int64_t d = p->s->d, count = attn_ceil_div(x->keys, kernels->vw) * kernels->vw;
     for (int64_t r = 0; r < rows; r += ROWS) {
         int64_t some = attn_min_i64(ROWS, rows - r);
-        kernels->product(some, count, d + (with_bias || count > keys), w->q + r * (d + 1), d + 1, 1, w->k, kernels->nr,
+        kernels->product(some, count, d + (x->with_bias || count > x->keys), w->q + r * (d + 1), d + 1, 1, w->k, kernels->nr,
                          (d + 1) * kernels->nr, w->s, BLOCK_K, 0);
-        kernels->softmax(some, w->s, BLOCK_K, count, w->m + r, w->l + r, w->alpha);
+        for (int64_t i = 0; i < some && p->s->hook != NULL; i++) {
+            p->s->hook(p->s->user, w->s + i * BLOCK_K, row + r + i, x->segment, x->first, x->keys);
+        }
+        if (p->weighted) {
+            kernels->softmax(some, w->s, BLOCK_K, count, w->m + r, w->l + r, w->alpha);
+        }
         if (p->o == NULL) {
             continue;
         }
@@ -87,12 +100,12 @@ static void attend_step(const problem *p, worker *w, int64_t rows, int64_t keys,
                 kernels->scale(w->o + (r + i) * p->dv_pad, p->dv_pad, w->alpha[i]);
             }
         }
-        kernels->product(some, p->dv_pad, keys, w->s, BLOCK_K, 1, v, p->dv_pad, kernels->nr, w->o + r * p->dv_pad, p->dv_pad, 1);
+        kernels->product(some, p->dv_pad, x->keys, w->s, BLOCK_K, 1, x->v, p->dv_pad, kernels->nr, w->o + r * p->dv_pad, p->dv_pad, 1);
     }
 }
 
 /* One list: its sum starts at 0 under the maximum so far. */
-static void attend_segment(const problem *p, worker *w, int64_t rows, int64_t pair, int64_t segment)
+static void attend_segment(const problem *p, worker *w, int64_t row, int64_t rows, int64_t pair, int64_t segment)
 {
     const attn_segments *s = p->s;
     const attn_segment *g = &s->segments[segment];
@@ -102,7 +115,8 @@ static void attend_segment(const problem *p, worker *w, int64_t rows, int64_t pa
     for (int64_t first = 0; first < g->keys; first += BLOCK_K) {
         int64_t keys = attn_min_i64(BLOCK_K, g->keys - first);
         pack_keys(p, w, g, k, first, keys);
-        attend_step(p, w, rows, keys, g->bias != NULL, p->o != NULL ? take_values(p, w, g, v, first, keys) : NULL);
+        step x = {segment, first, keys, g->bias != NULL, p->o != NULL ? take_values(p, w, g, v, first, keys) : NULL};
+        attend_step(p, w, row, rows, &x);
     }
     for (int64_t r = 0; r < rows; r++) {
         w->m_of[r * s->count + segment] = w->m[r];
@@ -151,7 +165,7 @@ static attn_status workers_create(const problem *p, worker **workers, attn_arena
 attn_status attn_segments_forward(const attn_segments *s, float *o, float *lse, float *shares, attn_arena *arena, int threads)
 {
     const attn_tile_kernels *kernels = attn_tile_kernels_get();
-    problem p = {.s = s, .kernels = kernels, .o = o, .lse = lse, .shares = shares,
+    problem p = {.s = s, .kernels = kernels, .o = o, .lse = lse, .shares = shares, .weighted = o != NULL || lse != NULL || shares != NULL,
                  .rows = s->kv_heads > 0 ? s->heads / s->kv_heads * s->n : 0,
                  .dv_pad = attn_ceil_div(s->dv, kernels->vw) * kernels->vw};
     int64_t blocks = attn_ceil_div(p.rows, BLOCK_Q);
@@ -171,7 +185,7 @@ attn_status attn_segments_forward(const attn_segments *s, float *o, float *lse, 
         }
         memset(w->o, 0, (size_t)(rows * p.dv_pad) * sizeof *w->o);
         for (int64_t i = 0; i < s->count; i++) {
-            attend_segment(&p, w, rows, pair, i);
+            attend_segment(&p, w, pair * p.rows + first, rows, pair, i);
         }
         for (int64_t r = 0; r < rows; r++) {
             finish_row(&p, w, r, pair * p.rows + first + r);

@@ -17,16 +17,22 @@ typedef struct attn_segment {
     const float *factor;  /* [keys], multiplies the scores before that; NULL: 1 */
 } attn_segment;
 
+/* May change the scores of one query row (of all batch * heads * n) against keys first ... first + keys - 1 of a list, in base 2: times log2(e).
+ * Called once for each row and block of keys, in the order of the keys, by any thread. */
+typedef void attn_segment_hook(void *user, float *scores, int64_t row, int64_t segment, int64_t first, int64_t keys);
+
 typedef struct attn_segments {
     int64_t batch, heads, kv_heads, n, d, dv;
     double scale;
     const float *q; /* [batch,heads,n,d] */
     int64_t count;
     const attn_segment *segments;
+    attn_segment_hook *hook; /* NULL: none */
+    void *user;
 } attn_segments;
 
-/* o [batch,heads,n,dv], lse [batch,heads,n], shares [batch,heads,n,count]: each may be NULL. A query without any key gets 0, -inf and
- * 0. ATTN_ERR_MEMORY. */
+/* o [batch,heads,n,dv], lse [batch,heads,n], shares [batch,heads,n,count]: each may be NULL; without all three
+ * the scores are shown to the hook and no more. A query without any key gets 0, -inf and 0. ATTN_ERR_MEMORY. */
 attn_status attn_segments_forward(const attn_segments *s, float *o, float *lse, float *shares, attn_arena *arena, int threads);
 
 #endif

@@ -139,7 +139,8 @@ static attn_status make_segments(attn_call *call, const source *in, const float 
             g->index = g->keys < tokens ? index + r * tokens : NULL;
         }
     }
-    *out = (attn_segments){in->batch, in->heads, in->kv_heads, in->n, d, dv, attn_default_scale(p->scale, d), in->q, references + 1, list};
+    *out = (attn_segments){.batch = in->batch, .heads = in->heads, .kv_heads = in->kv_heads, .n = in->n, .d = d, .dv = dv,
+                           .scale = attn_default_scale(p->scale, d), .q = in->q, .count = references + 1, .segments = list};
     return ATTN_OK;
 }
 
