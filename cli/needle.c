@@ -14,6 +14,7 @@ static const char help[] =
     "  --lengths N,N...         tokens of text (default: 1000,2000,4000)\n"
     "  --depths P,P...          percent (default: 0,25,50,75,100)\n"
     "  --needles N              different needles per cell, 1 to 3 (default: 3)\n"
+    "  --alone                  no exact attention beside\n"
     "  --png FILE               a heat map of the last table\n"
     SESSION_HELP
     "\nExamples:\n"
@@ -36,7 +37,7 @@ static const needle needles[] = {
 typedef struct needle_options {
     session_options session;
     long lengths[MOST], depths[MOST], count;
-    int length_count, depth_count;
+    int length_count, depth_count, alone;
     const char *png;
 } needle_options;
 
@@ -167,9 +168,10 @@ static int measure(session *s, const needle_options *o, const int32_t *hay, cons
 
 int cli_needle(int argc, char **argv)
 {
-    enum { LENGTHS = 256, DEPTHS, NEEDLES, PNG };
+    enum { LENGTHS = 256, DEPTHS, NEEDLES, ALONE, PNG };
     static const struct option options[] = {{"lengths", required_argument, NULL, LENGTHS}, {"depths", required_argument, NULL, DEPTHS},
                                             {"needles", required_argument, NULL, NEEDLES}, {"png", required_argument, NULL, PNG},
+                                            {"alone", no_argument, NULL, ALONE},
                                             SESSION_OPTIONS, {"help", no_argument, NULL, 'h'}, {NULL, 0, NULL, 0}};
     needle_options o = {.lengths = {1000, 2000, 4000}, .depths = {0, 25, 50, 75, 100}, .count = 3, .length_count = 3, .depth_count = 5};
     int option, ok = 1;
@@ -178,6 +180,7 @@ int cli_needle(int argc, char **argv)
         case LENGTHS: ok = parse_list("--lengths", optarg, 1L << 24, o.lengths, &o.length_count); break;
         case DEPTHS: ok = parse_list("--depths", optarg, 100, o.depths, &o.depth_count); break;
         case NEEDLES: ok = cli_parse_int("needle", "--needles", optarg, 1, 3, &o.count); break;
+        case ALONE: o.alone = 1; break;
         case PNG: o.png = optarg; break;
         case 'h': fputs(help, stdout); return 0;
         default: ok = session_option("needle", &o.session, option, optarg);
@@ -212,7 +215,7 @@ int cli_needle(int argc, char **argv)
     if (result == 0 && attn_policy_use(NULL, s.context) != ATTN_OK) {
         result = cli_library_error();
     }
-    if (result == 0) {
+    if (result == 0 && (policy == NULL || !o.alone)) {
         result = measure(&s, &o, hay, "dense", scores);
         printf("\n");
     }

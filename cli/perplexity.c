@@ -12,8 +12,9 @@ static const char help[] =
     "--decode-attention or --policy the mechanism is measured beside exact attention.\n\n"
     "  --stride N               tokens that each window adds (default: the context; less gives every token a longer past)\n"
     "  --limit N                use the first N tokens only\n"
+    "  --alone                  no exact attention beside\n"
     "  --endless                one window over the whole text, however long, for mechanisms that forget\n"
-    "                           (streaming:positions=cache); no exact attention beside\n"
+    "                           (streaming:positions=cache); alone\n"
     SESSION_HELP
     "  --json                   print JSON\n\n"
     "Examples:\n"
@@ -43,14 +44,15 @@ static int score(void *user, int item, int64_t token, const float *logits)
     if (token + 1 < s->first || token + 1 >= s->count) {
         return session_interrupted();
     }
-    double top = -INFINITY, sum = 0;
+    float top = -INFINITY;
+    double sum = 0;
     for (int64_t i = 0; i < s->vocabulary; i++) {
-        top = fmax(top, (double)logits[i]);
+        top = logits[i] > top ? logits[i] : top;
     }
     for (int64_t i = 0; i < s->vocabulary; i++) {
-        sum += exp((double)logits[i] - top);
+        sum += (double)expf(logits[i] - top);
     }
-    s->loss += top + log(sum) - (double)logits[s->tokens[token + 1]];
+    s->loss += (double)top + log(sum) - (double)logits[s->tokens[token + 1]];
     s->scored++;
     return session_interrupted();
 }
@@ -99,18 +101,19 @@ static void print_row(const char *name, const result *r, double density, int jso
 
 int cli_perplexity(int argc, char **argv)
 {
-    enum { STRIDE = 256, LIMIT, ENDLESS, JSON };
+    enum { STRIDE = 256, LIMIT, ALONE, ENDLESS, JSON };
     static const struct option options[] = {{"stride", required_argument, NULL, STRIDE}, {"limit", required_argument, NULL, LIMIT},
-                                            {"endless", no_argument, NULL, ENDLESS}, {"json", no_argument, NULL, JSON}, SESSION_OPTIONS,
+                                            {"alone", no_argument, NULL, ALONE}, {"endless", no_argument, NULL, ENDLESS}, {"json", no_argument, NULL, JSON}, SESSION_OPTIONS,
                                             {"help", no_argument, NULL, 'h'}, {NULL, 0, NULL, 0}};
     session_options o = {0};
     long stride = 0, limit = 0;
-    int option, endless = 0, json = 0, ok = 1;
+    int option, alone = 0, endless = 0, json = 0, ok = 1;
     while (ok && (option = getopt_long(argc, argv, "h", options, NULL)) != -1) {
         switch (option) {
         case STRIDE: ok = cli_parse_int("perplexity", "--stride", optarg, 1, 1L << 24, &stride); break;
         case LIMIT: ok = cli_parse_int("perplexity", "--limit", optarg, 2, 1L << 30, &limit); break;
-        case ENDLESS: endless = 1; break;
+        case ALONE: alone = 1; break;
+        case ENDLESS: endless = alone = 1; break;
         case JSON: json = 1; break;
         case 'h': fputs(help, stdout); return 0;
         default: ok = session_option("perplexity", &o, option, optarg);
@@ -145,7 +148,7 @@ int cli_perplexity(int argc, char **argv)
     result exact, other;
     if (!failed) {
         attn_policy *policy = s.policy;
-        if (!endless) {
+        if (policy == NULL || !alone) {
             if (attn_policy_use(NULL, s.context) != ATTN_OK || measure(&s, tokens, count, ctx, stride, &exact) != ATTN_OK) {
                 failed = cli_library_error();
             } else {

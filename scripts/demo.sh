@@ -53,12 +53,45 @@ if [ -z "${DOC:-}" ]; then
 fi
 ASK=${ASK:-What is this text about?}
 
+sparse=${SPARSE:-flexprefill:gamma=0.8,min_budget=256}
+results=$(mktemp -d)
+trap 'rm -rf "$results"' EXIT
+
+# ask NAME [OPTION]...: the answer and the statistics, as JSON.
+ask() {
+    "$attn" run "$MODEL" --chat -f "$DOC" -p "$ASK" -n "${TOKENS:-80}" --json "${@:2}" >"$results/$1"
+}
+
 say "Model:     $MODEL"
 say "Document:  $DOC ($("$attn" tokenize "$MODEL" "$DOC" --count) tokens)"
 say "Question:  $ASK"
 say ""
-say "Exact attention:"
-"$attn" run "$MODEL" --chat -f "$DOC" -p "$ASK" -n "${TOKENS:-80}" --stats
-say ""
-say "The same with sparse attention while reading (flexprefill, arXiv:2502.20766):"
-"$attn" run "$MODEL" --chat -f "$DOC" -p "$ASK" -n "${TOKENS:-80}" --stats --attention "${SPARSE:-flexprefill:gamma=0.8,min_budget=256}"
+say "Reading and answering with exact attention ..."
+ask exact
+say "The same with sparse attention while reading ($sparse, arXiv:2502.20766) ..."
+ask sparse --attention "$sparse"
+python3 - "$results/exact" "$results/sparse" <<'PY'
+import json, shutil, sys, textwrap
+runs = [json.loads(open(path, encoding="utf-8", errors="replace").read(), strict=False) for path in sys.argv[1:]]
+width = max(30, min(shutil.get_terminal_size((100, 24)).columns, 120) // 2 - 2)
+
+
+def row(cells):
+    columns = [[line for part in str(cell).splitlines() for line in textwrap.wrap(part, width) or [""]] for cell in cells]
+    for i in range(max(map(len, columns))):
+        left, right = (column[i] if i < len(column) else "" for column in columns)
+        print(("%-*s   %s" % (width, left, right)).rstrip())
+
+
+print()
+row(["EXACT ATTENTION", "SPARSE ATTENTION"])
+row([r["text"].strip() for r in runs])
+print()
+for label, number in (("prompt read in %.2f s", "prompt_seconds"), ("  of it attention %.2f s", "prompt_attention_seconds"),
+                      ("first word after %.2f s", "first_token_seconds")):
+    row([label % r[number] for r in runs])
+row(["%.1f tokens/s while answering" % (max(r["generated_tokens"] - 1, 0) / max(r["generate_seconds"], 1e-9)) for r in runs])
+row(["peak memory %.0f MB" % (r["peak_memory_bytes"] * 1e-6) for r in runs])
+reading, attention = (runs[0][key] / max(runs[1][key], 1e-9) for key in ("prompt_seconds", "prompt_attention_seconds"))
+print("\nSparse attention read the %d tokens in 1/%.2f of the time (attention alone 1/%.2f)." % (runs[0]["prompt_tokens"], reading, attention))
+PY
