@@ -9,6 +9,7 @@
 #include <stdint.h>
 #include <stdlib.h>
 #include <string.h>
+#include <unistd.h>
 
 #include <cmocka.h>
 
@@ -134,6 +135,116 @@ static attn_status tokenizer(void)
     return status;
 }
 
+#define TEXT(s) {(s), sizeof(s) - 1}
+
+/* Made, used on a text with a long word, and for a chat. */
+static attn_status use_tokenizer(const attn_tokenizer_data *data, const char *text, int chat)
+{
+    attn_tokenizer *made;
+    int32_t *tokens = NULL;
+    char *rendered = NULL;
+    int64_t count;
+    attn_status status = attn_tokenizer_create(&made, data);
+    if (status == ATTN_OK) {
+        status = attn_tokenize(made, text, strlen(text), ATTN_TOKENIZE_SPECIAL | ATTN_TOKENIZE_PARSE, &tokens, &count);
+    }
+    if (status == ATTN_OK && count < 8) {
+        fail_msg("'%s' became %lld tokens: too few for a list to grow", text, (long long)count);
+    }
+    if (status == ATTN_OK && chat) {
+        const attn_chat_message messages[] = {{"system", "S"}, {"user", "hi"}, {"assistant", "yes"}, {"user", "ok"}};
+        status = attn_chat_render(made, messages, 4, 1, &rendered);
+    }
+    attn_tokens_free(tokens);
+    attn_text_free(rendered);
+    attn_tokenizer_destroy(made);
+    return status;
+}
+
+static attn_status byte_pairs(void)
+{
+    static const attn_gguf_string texts[] = {TEXT("a"), TEXT("b"), TEXT("1"), TEXT("ab"), TEXT("<|im_start|>"), TEXT("<|im_end|>")};
+    static const attn_gguf_string merges[] = {TEXT("a b")};
+    static const int32_t types[] = {ATTN_TOKEN_NORMAL, ATTN_TOKEN_NORMAL, ATTN_TOKEN_NORMAL, ATTN_TOKEN_NORMAL, ATTN_TOKEN_CONTROL, ATTN_TOKEN_CONTROL};
+    const attn_tokenizer_data data = {.model = "gpt2", .pre = "smollm", .count = 6, .texts = texts, .types = types, .merges = merges,
+                                      .merge_count = 1, .bos = 4, .eos = 5, .eot = -1, .unknown = -1, .add_bos = 1,
+                                      .chat_template = TEXT("{{ '<|im_start|>system' }}")};
+    return use_tokenizer(&data, "a1b11ab<|im_end|>abababababababababababababababababababababbaaabbbaaabbb", 1);
+}
+
+static const attn_gguf_string pieces[] = {TEXT("<unk>"), TEXT("\xe2\x96\x81"), TEXT("a"), TEXT("b"), TEXT("ab"), TEXT("<0xC3>"), TEXT("<0xA9>")};
+static const float scores[] = {0, -1, -1, -1, -2, 0, 0};
+static const int32_t piece_types[] = {ATTN_TOKEN_UNKNOWN, 1, 1, 1, 1, ATTN_TOKEN_BYTE, ATTN_TOKEN_BYTE};
+
+static attn_status use_pieces(const char *model)
+{
+    const attn_tokenizer_data data = {.model = model, .count = 7, .texts = pieces, .scores = scores, .types = piece_types, .bos = -1,
+                                      .eos = -1, .eot = -1, .unknown = 0, .add_space_prefix = 1};
+    return use_tokenizer(&data, "ab a\xc3\xa9 bzb abababababababababababababababab", 0);
+}
+static attn_status sentence_pieces(void) { return use_pieces("llama"); }
+static attn_status unigrams(void) { return use_pieces("t5"); }
+
+/* Two prompts and generation by a policy; the second prompt begins within a block. */
+static attn_status run_policy(attn_status (*make)(attn_policy **policy, const attn_model *model), int64_t length)
+{
+    static const int32_t tokens[90] = {1, 2, 3, 4, 5, 6, 7};
+    attn_model *model = NULL;
+    attn_context *context = NULL;
+    attn_policy *made = NULL;
+    attn_context_settings settings = {.length = length, .chunk = 16, .threads = 1};
+    attn_status status = attn_model_open_memory(&model, model_file.data, model_file.bytes, NULL);
+    if (status == ATTN_OK) {
+        status = attn_context_create(&context, model, &settings);
+    }
+    if (status == ATTN_OK) {
+        status = make(&made, model);
+    }
+    if (status == ATTN_OK) {
+        attn_policy_count(made, 1);
+        status = attn_policy_use(made, context);
+    }
+    static const int64_t counts[] = {90, 70, 1};
+    for (int i = 0; i < 3 && status == ATTN_OK; i++) {
+        int64_t before = attn_context_length(context, 0);
+        status = attn_context_eval(context, &(attn_context_batch){.tokens = tokens, .count = counts[i]}, 1, NULL, NULL);
+        if (status != ATTN_OK) {
+            /* What was read before is still there, in all layers alike, and reading goes on. */
+            assert_true(attn_context_length(context, 0) >= before);
+            assert_true(attn_context_keys(context, 0, 0, 0) <= attn_context_length(context, 0));
+        }
+    }
+    attn_context_destroy(context);
+    attn_policy_destroy(made);
+    attn_model_close(model);
+    return status;
+}
+
+static attn_status make_sparse(attn_policy **made, const attn_model *model)
+{
+    return attn_policy_create(made, model, "flexprefill:block=16,min_budget=16", "topk:top_k=4");
+}
+static attn_status make_endless(attn_policy **made, const attn_model *model)
+{
+    static const char spec[] = "streaming:sinks=2,recent=16,positions=cache";
+    return attn_policy_create(made, model, spec, spec);
+}
+static char policy_path[] = "/tmp/attn-allocation-XXXXXX";
+static attn_status make_from_file(attn_policy **made, const attn_model *model) { return attn_policy_load(made, model, policy_path); }
+
+static attn_status sparse_policy(void) { return run_policy(make_sparse, 200); }
+static attn_status endless_policy(void) { return run_policy(make_endless, 110); }
+static attn_status policy_file(void) { return run_policy(make_from_file, 200); }
+
+static void write_policy(void)
+{
+    static const char json[] = "{\"prompt\": \"dense\", \"layers\": [{\"layers\": [0], \"heads\": [1], \"prompt\": \"topk:top_k=4\","
+                               " \"generation\": \"streaming:recent=9\"}]}";
+    int file = mkstemp(policy_path);
+    assert_true(file >= 0 && write(file, json, sizeof json - 1) == (ssize_t)(sizeof json - 1));
+    close(file);
+}
+
 /* A policy of several mechanisms in a context that reads a prompt and generates, then watched heads. */
 static attn_status policy(void)
 {
@@ -236,7 +347,15 @@ static void test_each_allocation_may_fail(void **state)
     fail_each("based", based);
     put_tiny_llama(&model_file);
     fail_each("tokenizer", tokenizer);
+    fail_each("byte pairs", byte_pairs);
+    fail_each("sentence pieces", sentence_pieces);
+    fail_each("unigrams", unigrams);
     fail_each("policy", policy);
+    fail_each("sparse policy", sparse_policy);
+    fail_each("endless policy", endless_policy);
+    write_policy();
+    fail_each("policy from a file", policy_file);
+    unlink(policy_path);
     free(model_file.data);
     fail_each("plan", plan);
     fail_each("sampler", sampler);

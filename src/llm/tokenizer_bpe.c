@@ -27,6 +27,34 @@ static const pre_tokenizer pre_tokenizers[] = {
     {" qwen2 deepseek-r1-qwen stablelm2 hunyuan megrez ", {LLAMA3("")}},
 };
 
+static void *pattern_alloc(PCRE2_SIZE bytes, void *user)
+{
+    (void)user;
+    return attn_alloc(bytes);
+}
+
+static void pattern_free(void *memory, void *user)
+{
+    (void)user;
+    attn_free(memory);
+}
+
+static attn_status compile(attn_tokenizer *t, const char *const *patterns, pcre2_compile_context *context)
+{
+    for (int i = 0; i < PATTERN_LIMIT && patterns[i] != NULL; i++) {
+        int code;
+        PCRE2_SIZE offset;
+        t->patterns[i] = pcre2_compile((PCRE2_SPTR)patterns[i], PCRE2_ZERO_TERMINATED, PCRE2_UTF | PCRE2_UCP | PCRE2_MATCH_INVALID_UTF,
+                                       &code, &offset, context);
+        if (t->patterns[i] == NULL) {
+            return attn_fail(ATTN_ERR_MEMORY, "out of memory (pattern %d of a pre-tokenizer, code %d)", i, code);
+        }
+        t->pattern_count = i + 1;
+        pcre2_jit_compile(t->patterns[i], PCRE2_JIT_COMPLETE); /* without it matching is slower, not different */
+    }
+    return ATTN_OK;
+}
+
 attn_status bpe_patterns(attn_tokenizer *t, const char *pre)
 {
     const pre_tokenizer *found = NULL;
@@ -43,18 +71,12 @@ attn_status bpe_patterns(attn_tokenizer *t, const char *pre)
         return attn_fail(ATTN_ERR_UNSUPPORTED, "pre-tokenizer '%.40s' is not supported (default, gpt-2, smollm, starcoder, refact, "
                                                "llama-bpe, qwen2 and their relatives)", pre);
     }
-    for (int i = 0; i < PATTERN_LIMIT && found->patterns[i] != NULL; i++) {
-        int code;
-        PCRE2_SIZE offset;
-        t->patterns[i] = pcre2_compile((PCRE2_SPTR)found->patterns[i], PCRE2_ZERO_TERMINATED,
-                                       PCRE2_UTF | PCRE2_UCP | PCRE2_MATCH_INVALID_UTF, &code, &offset, NULL);
-        if (t->patterns[i] == NULL) {
-            return attn_fail(ATTN_ERR_MEMORY, "out of memory (pattern of pre-tokenizer '%s', code %d)", pre, code);
-        }
-        t->pattern_count = i + 1;
-        pcre2_jit_compile(t->patterns[i], PCRE2_JIT_COMPLETE); /* without it matching is slower, not different */
-    }
-    return ATTN_OK;
+    pcre2_general_context *general = pcre2_general_context_create(pattern_alloc, pattern_free, NULL);
+    pcre2_compile_context *context = general != NULL ? pcre2_compile_context_create(general) : NULL;
+    attn_status status = context != NULL ? compile(t, found->patterns, context) : attn_fail(ATTN_ERR_MEMORY, "out of memory (pre-tokenizer)");
+    pcre2_compile_context_free(context);
+    pcre2_general_context_free(general);
+    return status;
 }
 
 /* ---- Merging ---- */
@@ -217,7 +239,7 @@ attn_status bpe_encode(const attn_tokenizer *t, const char *text, size_t length,
     pcre2_match_data *matches[PATTERN_LIMIT] = {NULL};
     attn_status status = ATTN_OK;
     for (int i = 0; i < t->pattern_count && status == ATTN_OK; i++) {
-        matches[i] = pcre2_match_data_create(2, NULL);
+        matches[i] = pcre2_match_data_create_from_pattern(t->patterns[i], NULL); /* with the pattern's allocator */
         if (matches[i] == NULL) {
             status = attn_fail(ATTN_ERR_MEMORY, "out of memory (pre-tokenizer)");
         }
