@@ -1,10 +1,12 @@
 """Prompt processing, generation, memory and perplexity beside llama.cpp (llama-cpp-python) in one run.
 
-    python llm_peers.py LIBATTN.so MODEL.gguf TEXT [--threads 1,2] [--lengths 512,2048,8000] [--perplexity]
+    python llm_peers.py LIBATTN.so MODEL.gguf TEXT [--threads 1,2] [--lengths 512,2048,8000] [--repeats 2] [--budget 60]
+                        [--perplexity [TOKENS]] [--no-memory]
 
-Both read the same tokens with a 16-bit cache and chunks of 512. The two take turns, and each number is the best of its repeats;
-llama.cpp gets the better of its two settings of flash attention. Memory is the peak resident size of a process that opens the
-model and evaluates the longest prompt.
+Both read the same tokens with a 16-bit cache and chunks of 512. The two take turns, and each number is the best of its repeats, of
+which an engine gets no more when it has used its budget of seconds for a length; llama.cpp gets the better of its two settings of
+flash attention. Memory is the peak resident size of a process that opens the model and evaluates the longest prompt. Progress goes to
+stderr.
 """
 
 import argparse
@@ -113,15 +115,19 @@ def read_tokens(model, text):
     return tokenizer.tokenize(open(text, "rb").read())
 
 
-def speed(engines, tokens, length, repeats):
+def speed(engines, tokens, length, repeats, budget):
     """Tokens per second of the prompt and of generation after it, per engine."""
-    prompt, generation = {}, {}
-    for _ in range(repeats):
+    prompt, generation, spent = {}, {}, {engine.name: 0 for engine in engines}
+    for repeat in range(repeats):
         for engine in engines:
+            if repeat > 0 and spent[engine.name] > budget:
+                continue
+            begin = time.perf_counter()
             engine.clear()
             start = time.perf_counter()
             engine.eval(tokens[:length])
             seconds = time.perf_counter() - start
+            print(f"   {length} tokens, {engine.name}: prompt {seconds:.2f} s", file=sys.stderr, flush=True)
             prompt[engine.name] = max(prompt.get(engine.name, 0), length / seconds)
             for run in range(4):
                 start = time.perf_counter()
@@ -129,6 +135,7 @@ def speed(engines, tokens, length, repeats):
                     engine.eval([tokens[i]])
                 seconds = time.perf_counter() - start
                 generation[engine.name] = max(generation.get(engine.name, 0), RUN / seconds)
+            spent[engine.name] += time.perf_counter() - begin
     return prompt, generation
 
 
@@ -151,7 +158,10 @@ def main():
     parser.add_argument("--threads", default="1,2")
     parser.add_argument("--lengths", default="128,512,2048,8000")
     parser.add_argument("--repeats", type=int, default=2)
-    parser.add_argument("--perplexity", action="store_true")
+    parser.add_argument("--budget", type=float, default=60, help="seconds after which an engine is not repeated (60)")
+    parser.add_argument("--perplexity", type=int, nargs="?", const=0, help="of so many tokens (the longest length); llama.cpp keeps all "
+                        "their logits, 1 MB each with a vocabulary of 262,144")
+    parser.add_argument("--no-memory", action="store_true", help="do not measure the peak memory")
     parser.add_argument("--memory-of", choices=["ours", "theirs"], help=argparse.SUPPRESS)
     args = parser.parse_args()
     lengths = [int(x) for x in args.lengths.split(",")]
@@ -170,18 +180,19 @@ def main():
         engines = [Ours(args.library, args.model, room, threads), Theirs(args.model, room, threads, False),
                    Theirs(args.model, room, threads, True)]
         for length in lengths:
-            prompt, generation = speed(engines, tokens, length, args.repeats)
+            prompt, generation = speed(engines, tokens, length, args.repeats, args.budget)
             report("prompt", length, prompt)
             report("generation", length, generation)
         for engine in engines:
             engine.close()
     base = [args.library, args.model, args.text, "--lengths", args.lengths, "--memory-of"]
-    print(f" peak memory {peak_memory([*base, 'ours']) / 1024:.0f} MiB, llama.cpp {peak_memory([*base, 'theirs']) / 1024:.0f} MiB")
-    if args.perplexity:
+    if not args.no_memory:
+        print(f" peak memory {peak_memory([*base, 'ours']) / 1024:.0f} MiB, llama.cpp {peak_memory([*base, 'theirs']) / 1024:.0f} MiB")
+    if args.perplexity is not None:
         import llama_cpp
         vocabulary = llama_cpp.Llama(args.model, vocab_only=True, verbose=False).n_vocab()
-        ours, theirs = Ours(args.library, args.model, room, 2), Theirs(args.model, room, 2, True, True)
-        text = tokens[:max(lengths)]
+        text = tokens[:args.perplexity or max(lengths)]
+        ours, theirs = Ours(args.library, args.model, len(text), 2), Theirs(args.model, len(text), 2, True, True)
         a, b = (math.exp(np.mean(engine.losses(text, vocabulary))) for engine in (ours, theirs))
         print(f" perplexity of {len(text)} tokens {a:.4f}, llama.cpp {b:.4f}, difference {100 * (a / b - 1):+.3f} %")
 
