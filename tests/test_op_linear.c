@@ -261,10 +261,45 @@ static void based_errors(void **unused)
     opcheck_fails(&rotary, ATTN_ERR_ARGUMENT, "rotary_dim = 3");
 }
 
+/* Without heads at all, forward and backward have nothing to do. */
+static void no_heads(void **unused)
+{
+    (void)unused;
+    const char *specs[] = {"lightning", "based", "based.decode", "based.window:window=2", "flow", "flow:causal=true",
+                           "agent:grid=[2,3],agent_grid=[1,2],shortcut=0.5"};
+    for (size_t i = 0; i < sizeof specs / sizeof *specs; i++) {
+        opcheck_case c = {.spec = specs[i], .seed = 1};
+        for (int j = 0; j < 3; j++) {
+            opcheck_input(&c, (const char *[]){"q", "k", "v"}[j], SHAPE(2, 0, 6, 4));
+        }
+        opcheck_run(&c, i == 2 ? 0 : 1e-2);
+    }
+}
+
+/* Queries and keys without channels: all scores are 0, so that o is the mean of the visible values. */
+static void based_without_channels(void **unused)
+{
+    (void)unused;
+    float v[3] = {1, 3, 8}, o[3] = {0}, want[3] = {1, 2, 4};
+    attn_tensor none = attn_tensor_make(NULL, ATTN_F32, 4, (int64_t[]){1, 1, 3, 0});
+    attn_named_tensor in[] = {{"q", none}, {"k", none}, {"v", attn_tensor_make(v, ATTN_F32, 4, (int64_t[]){1, 1, 3, 1})}};
+    attn_named_tensor out[] = {{"o", attn_tensor_make(o, ATTN_F32, 4, (int64_t[]){1, 1, 3, 1})}};
+    attn_op *op;
+    assert_int_equal(attn_op_create(&op, "based"), ATTN_OK);
+    assert_int_equal(attn_op_forward(op, in, 3, out, 1, NULL), ATTN_OK);
+    attn_op_destroy(op);
+    for (int i = 0; i < 3; i++) {
+        if (!(fabsf(o[i] - want[i]) < 1e-6f)) {
+            fail_msg("o[%d] = %g, expected %g", i, (double)o[i], (double)want[i]);
+        }
+    }
+}
+
 int main(void)
 {
     const struct CMUnitTest tests[] = {cmocka_unit_test(lightning), cmocka_unit_test(tnl), cmocka_unit_test(tnl_long), cmocka_unit_test(tnl_errors),
                                        cmocka_unit_test(flow), cmocka_unit_test(flow_conservation), cmocka_unit_test(flow_errors),
-                                       cmocka_unit_test(based), cmocka_unit_test(based_layers), cmocka_unit_test(based_errors)};
+                                       cmocka_unit_test(based), cmocka_unit_test(based_layers), cmocka_unit_test(based_errors),
+                                       cmocka_unit_test(based_without_channels), cmocka_unit_test(no_heads)};
     return cmocka_run_group_tests(tests, NULL, NULL);
 }

@@ -277,7 +277,7 @@ attn_status attn_linattn_backward(const attn_linattn *shape, attn_arena *arena, 
                                   float *grad_v, float *grad_state)
 {
     const attn_linattn x = *shape;
-    int64_t group = x.heads / x.kv_heads, keys = x.batch * x.kv_heads * x.m;
+    int64_t group = x.kv_heads > 0 ? x.heads / x.kv_heads : 0, keys = x.batch * x.kv_heads * x.m;
     int by_pairs = state_in == NULL && grad_state == NULL && attn_linattn_by_pairs(&x);
     size_t each = by_pairs ? pair_floats(&x) : attn_linear_work_floats(&x), spare = (size_t)(keys * ((grad_k ? 0 : x.d) + (grad_v ? 0 : x.dv)));
     attn_arena_mark mark = attn_arena_get_mark(arena);

@@ -89,7 +89,7 @@ static attn_status core_attend(attn_call *call, const core *c)
 /* to [B,H,N,Dv] += shortcut * v, or (back) v's gradient [B,Hkv,M,Dv] += shortcut * the output's. */
 static void add_shortcut(const core *c, const float *from, float *to, int back)
 {
-    int64_t group = c->heads / c->kv_heads, size = c->n * c->dv;
+    int64_t group = c->kv_heads > 0 ? c->heads / c->kv_heads : 0, size = c->n * c->dv;
     for (int64_t h = 0; h < c->batch * c->heads && c->shortcut != 0; h++) {
         const float *x = from + (back ? h : h / group) * size;
         float *y = to + (back ? h / group : h) * size;

@@ -288,7 +288,7 @@ static attn_status decode_forward(attn_call *call)
     core c = {.batch = attn_dim(call, "B"), .heads = attn_dim(call, "H"), .kv_heads = attn_dim(call, "Hkv"), .n = attn_dim(call, "N"),
               .d = attn_dim(call, "D"), .dv = attn_dim(call, "Dv"), .normalize = (int)p->normalize,
               .scale = attn_default_scale(p->scale, attn_dim(call, "D")), .eps = p->eps};
-    int64_t heads = c.batch * c.kv_heads, group = c.heads / c.kv_heads;
+    int64_t heads = c.batch * c.kv_heads, group = c.kv_heads > 0 ? c.heads / c.kv_heads : 0;
     float *phi;
     ATTN_TRY(attn_take_f32(call, call->threads * (1 + group) * f, &phi));
     const attn_tensor *in[2] = {call->t[D_KV], call->t[D_K_STATE]}, *out[2] = {call->t[D_KV_OUT], call->t[D_K_OUT]};

@@ -137,7 +137,8 @@ static inline attn_status attn_take_f32(attn_call *call, int64_t count, float **
 }
 static inline double attn_default_scale(double scale, int64_t head_size)
 {
-    return isnan(scale) ? 1.0 / sqrt((double)head_size) : scale;
+    /* Without channels all products are 0, whatever multiplies them: 1 as long as it is finite. */
+    return isnan(scale) ? (head_size > 0 ? 1.0 / sqrt((double)head_size) : 1.0) : scale;
 }
 
 /* params.c: a params struct from text. */
