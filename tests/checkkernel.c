@@ -383,6 +383,8 @@ static void check_linear(void)
         same("fade's total", total, total2, dv, 1e-5);
         float *slope = floats(dv, 1), *slope2 = floats(dv, 1);
         memcpy(o, v, (size_t)dv * sizeof *o), memcpy(o2, v, (size_t)dv * sizeof *o);
+        k->sigmoid(slope, v, dv), s->sigmoid(slope2, v, dv);
+        same("sigmoid", slope, slope2, dv, 1e-6);
         k->taylor(o, slope, dv), s->taylor(o2, slope2, dv);
         same("taylor", o, o2, dv, 1e-6);
         same("taylor slope", slope, slope2, dv, 1e-6);

@@ -185,6 +185,21 @@ static void fade(int64_t count, int64_t width, float *rows, int64_t ld, const fl
     }
 }
 
+VINLINE vf v_sigmoid(vf x)
+{
+    vf one = v_set1(1.0f);
+    return v_div(one, v_add(one, v_exp(v_sub(v_zero(), x))));
+}
+
+static void sigmoid(float *to, const float *from, int64_t count)
+{
+    int64_t i = 0;
+    for (; i + VW <= count; i += VW) {
+        v_store(to + i, v_sigmoid(v_load(from + i)));
+    }
+    v_store_n(to + i, v_sigmoid(v_load_n(from + i, (int)(count - i))), (int)(count - i));
+}
+
 static void taylor(float *s, float *slope, int64_t count)
 {
     vf one = v_set1(1.0f), half = v_set1(0.5f);
@@ -255,6 +270,6 @@ static void taylor_features_back(int64_t d, double scale, const float *x, const 
 }
 
 const attn_linear_kernels ATTN_K(attn_linear_kernels_table) = {.step = step, .read = read_state, .multiply = multiply,
-                                                               .faded_scores = faded_scores, .faded_sums = faded_sums, .fade = fade,
+                                                               .faded_scores = faded_scores, .faded_sums = faded_sums, .fade = fade, .sigmoid = sigmoid,
                                                                .taylor = taylor, .taylor_features = taylor_features,
                                                                .taylor_features_back = taylor_features_back};

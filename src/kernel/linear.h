@@ -26,6 +26,9 @@ typedef struct attn_linear_kernels {
     /* rows[i] *= product of decays[t] over t = first ... i; total [width], unless NULL, that up to the last token. */
     void (*fade)(int64_t count, int64_t width, float *rows, int64_t ld, const float *decays, int64_t ldd, int64_t first, float *total);
 
+    /* to[i] = 1 / (1 + exp(-from[i])) */
+    void (*sigmoid)(float *to, const float *from, int64_t count);
+
     /* The second-order Taylor expansion of exp (arXiv:2402.18668): s[i] becomes 1 + s + s^2/2; slope[i], unless NULL, 1 + s. */
     void (*taylor)(float *s, float *slope, int64_t count);
     /* Its feature map: phi [1 + d + d(d+1)/2] = 1 | sqrt(scale) x | scale/sqrt(2) x_i^2 and scale x_i x_j for i < j, row by row. */

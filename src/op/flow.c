@@ -2,21 +2,18 @@
  * flow into each sink at 1 makes the sources compete, keeping the flow out of each source at 1 tells each sink what it is allotted. What
  * remains is linear attention (exec/linear.h) with three numbers per token: normaliser, competition, allocation.
  *
- * Sums over tokens are kept in double; the flows of a token are dots with them.
+ * The forward pass is in flow_tiles.c. Here is the recurrence for generation, and backward, which keeps what the flows give: sums over
+ * tokens are double, the flows of a token dots with them.
  */
 #include "exec/linear.h"
-#include "kernel/tile.h"
 #include "layer/activation.h"
 #include "layer/heads.h"
 #include "layer/linear.h"
-#include "op/class.h"
+#include "op/flow.h"
 
 #include <string.h>
 
 #define PAPER "arXiv:2202.06258"
-#define RELU_FLOOR 1e-6f
-
-enum { KERNEL_SIGMOID, KERNEL_RELU };
 
 typedef struct flow_params {
     int64_t causal, kernel, steps, heads;
@@ -30,20 +27,14 @@ typedef struct flow_params {
     ATTN_P_FLOAT("clamp", flow_params, clamp, "1.0", 0, INFINITY,                                                      \
                  "the conserved source flow is limited to [-clamp, clamp] before the exponential; 0: no limit")
 
-/* One call's shape: `heads` query heads; keys and values of head h belong to kv head h / group. */
-typedef struct flow {
-    int64_t batch, heads, group, n, m, d, dv;
-    int causal;
-    int64_t kernel;
-    double eps, clamp;
-} flow;
+typedef attn_flow flow;
 
-/* What the flows give, per query head: all that the product and backward need. */
+/* What the flows give, per query head: all that the recurrence and backward need. */
 typedef struct flow_work {
     float *q, *k;  /* mapped, [B,H,N,D] and [B,H,M,D] */
     float *qn;     /* q / I */
     float *w;      /* competition * v, [B,H,M,Dv] */
-    double *in, *out, *exps; /* I [B,H,N], O [B,H,M]; causal: e [B,H,M] */
+    double *in, *out, *exps, *ends; /* I [B,H,N], O [B,H,M]; e and, causal, the sum of e up to each source [B,H,M] */
     float *competition, *allocation;
     uint8_t *clipped;
     double *sums;  /* scratch of each head: 8 * D */
@@ -72,12 +63,6 @@ static void add_scaled(double *to, const float *from, int64_t d, double factor)
     }
 }
 
-static double limit(double x, double clamp, uint8_t *clipped)
-{
-    *clipped = clamp > 0 && fabs(x) > clamp;
-    return *clipped ? (x > 0 ? clamp : -clamp) : x;
-}
-
 static double total_of(const double *x, int64_t d)
 {
     double sum = 0;
@@ -87,30 +72,11 @@ static double total_of(const double *x, int64_t d)
     return sum;
 }
 
-static void map_row(const attn_tile_kernels *kernels, int64_t kernel, const float *x, float *y, int64_t count)
-{
-    if (kernel == KERNEL_RELU) {
-        for (int64_t i = 0; i < count; i++) {
-            y[i] = (x[i] > 0 ? x[i] : 0) + RELU_FLOOR;
-        }
-        return;
-    }
-    /* 1 / (1 + 2^(-x log2 e)); far down the power may be infinite, which gives 0. */
-    kernels->load_row(y, x, ATTN_F32, count, -1.44269504f);
-    for (int64_t i = 0; i < count; i++) {
-        y[i] = y[i] < 126 ? y[i] : 126;
-    }
-    kernels->exp2_row(y, count, 0);
-    for (int64_t i = 0; i < count; i++) {
-        y[i] = 1 / (1 + y[i]);
-    }
-}
-
 /* grad *= the derivative of the map, from its value y. */
 static void map_back(int64_t kernel, const float *x, const float *y, float *grad, int64_t count)
 {
     for (int64_t i = 0; i < count; i++) {
-        grad[i] = kernel == KERNEL_RELU ? (x[i] > 0 ? grad[i] : 0) : grad[i] * y[i] * (1 - y[i]);
+        grad[i] = kernel == ATTN_FLOW_RELU ? (x[i] > 0 ? grad[i] : 0) : grad[i] * y[i] * (1 - y[i]);
     }
 }
 
@@ -120,7 +86,7 @@ static attn_status take_double(attn_call *call, int64_t count, double **out)
     return *out != NULL ? ATTN_OK : attn_fail_memory((size_t)count * sizeof **out);
 }
 
-static attn_status make_work(attn_call *call, const flow *f, flow_work *w, float *competition, float *allocation)
+static attn_status make_work(attn_call *call, const flow *f, flow_work *w)
 {
     int64_t heads = f->batch * f->heads;
     ATTN_TRY(attn_take_f32(call, heads * f->n * f->d, &w->q));
@@ -130,18 +96,15 @@ static attn_status make_work(attn_call *call, const flow *f, flow_work *w, float
     ATTN_TRY(take_double(call, heads * f->n, &w->in));
     ATTN_TRY(take_double(call, heads * f->m, &w->out));
     ATTN_TRY(take_double(call, heads * f->m, &w->exps));
+    ATTN_TRY(take_double(call, heads * f->m, &w->ends));
     ATTN_TRY(take_double(call, heads * 8 * f->d, &w->sums));
     ATTN_TRY(attn_take_f32(call, heads * 8 * f->d, &w->spare));
     ATTN_TRY(attn_take_f32(call, f->d, &w->ones));
     for (int64_t c = 0; c < f->d; c++) {
         w->ones[c] = 1;
     }
-    w->competition = competition;
-    w->allocation = allocation;
-    if (competition == NULL) {
-        ATTN_TRY(attn_take_f32(call, heads * f->m, &w->competition));
-        ATTN_TRY(attn_take_f32(call, heads * f->n, &w->allocation));
-    }
+    ATTN_TRY(attn_take_f32(call, heads * f->m, &w->competition));
+    ATTN_TRY(attn_take_f32(call, heads * f->n, &w->allocation));
     w->clipped = attn_arena_array(call->arena, (size_t)(heads * f->m), 1);
     return w->clipped != NULL ? ATTN_OK : attn_fail_memory((size_t)(heads * f->m));
 }
@@ -150,7 +113,7 @@ static attn_status make_work(attn_call *call, const flow *f, flow_work *w, float
 typedef struct head {
     const float *q, *k;
     float *qn;
-    double *in, *out, *exps;
+    double *in, *out, *exps, *ends;
     float *competition, *allocation;
     uint8_t *clipped;
     double *k_sum, *q_sum, *k_out, *q_in; /* the four sums */
@@ -162,7 +125,7 @@ static head head_of(const flow *f, const flow_work *w, int64_t i)
 {
     double *sums = w->sums + i * 8 * f->d;
     return (head){w->q + i * f->n * f->d, w->k + i * f->m * f->d, w->qn + i * f->n * f->d, w->in + i * f->n, w->out + i * f->m,
-                  w->exps + i * f->m, w->competition + i * f->m, w->allocation + i * f->n, w->clipped + i * f->m,
+                  w->exps + i * f->m, w->ends + i * f->m, w->competition + i * f->m, w->allocation + i * f->n, w->clipped + i * f->m,
                   sums, sums + f->d, sums + 2 * f->d, sums + 3 * f->d, w->spare + i * 8 * f->d, w->ones};
 }
 
@@ -237,7 +200,7 @@ static void flows_normal(const flow *f, const head *h)
     for (int64_t j = 0; j < f->m; j++) {
         const float *k = h->k + j * d;
         double conserved = (double)kernels->dot(k, q_in.base, d) + eps * (double)kernels->dot(k, h->ones, d) + in_numbers + square;
-        h->exps[j] = limit(conserved, f->clamp, &h->clipped[j]);
+        h->exps[j] = attn_flow_limit(conserved, f->clamp, &h->clipped[j]);
         top = h->exps[j] > top ? h->exps[j] : top;
     }
     for (int64_t j = 0; j < f->m; j++) {
@@ -269,8 +232,9 @@ static void flows_causal(const flow *f, const head *h, int64_t steps, double *ex
         add_scaled(h->k_out, k, d, t / h->out[i]);
         add_scaled(h->q_in, q, d, t / h->in[i]);
         h->allocation[i] = (float)attn_sigmoid(dot(q, h->k_out, d, f->eps) / t);
-        h->exps[i] = exp(limit(dot(k, h->q_in, d, f->eps) / t, f->clamp, &h->clipped[i]));
+        h->exps[i] = exp(attn_flow_limit(dot(k, h->q_in, d, f->eps) / t, f->clamp, &h->clipped[i]));
         *exp_sum += h->exps[i];
+        h->ends[i] = *exp_sum;
         h->competition[i] = (float)(t * h->exps[i] / *exp_sum);
     }
 }
@@ -281,13 +245,6 @@ static attn_linattn product_shape(const flow *f)
                           .causal = f->causal, .scale = 1};
 }
 
-/* q, k, v of head i of batch * heads. */
-static const float *kv_row(const flow *f, const float *x, int64_t i, int64_t width)
-{
-    int64_t kv_heads = f->heads / f->group;
-    return x + (i / f->heads * kv_heads + i % f->heads / f->group) * f->m * width;
-}
-
 /* Maps, flows, qn and w. */
 static void run_flows(attn_call *call, const flow *f, const float *q, const float *k, const float *v, const flow_work *w)
 {
@@ -296,15 +253,15 @@ static void run_flows(attn_call *call, const flow *f, const float *q, const floa
     for (int64_t i = 0; i < f->batch * f->heads; i++) {
         head h = head_of(f, w, i);
         double exp_sum = 0;
-        map_row(kernels, f->kernel, q + i * f->n * f->d, w->q + i * f->n * f->d, f->n * f->d);
-        map_row(kernels, f->kernel, kv_row(f, k, i, f->d), w->k + i * f->m * f->d, f->m * f->d);
+        attn_flow_map(f->kernel, q + i * f->n * f->d, w->q + i * f->n * f->d, f->n * f->d);
+        attn_flow_map(f->kernel, attn_flow_kv(f, k, i, f->d), w->k + i * f->m * f->d, f->m * f->d);
         if (f->causal) {
             memset(h.k_sum, 0, (size_t)(4 * f->d) * sizeof(double));
             flows_causal(f, &h, 0, &exp_sum);
         } else {
             flows_normal(f, &h);
         }
-        const float *values = kv_row(f, v, i, f->dv);
+        const float *values = attn_flow_kv(f, v, i, f->dv);
         for (int64_t t = 0; t < f->n; t++) {
             kernels->load_row(h.qn + t * f->d, h.q + t * f->d, ATTN_F32, f->d, (float)(1 / h.in[t]));
         }
@@ -321,19 +278,6 @@ static void allot(const flow *f, int threads, const float *allocation, const flo
     for (int64_t r = 0; r < f->batch * f->heads * f->n; r++) {
         kernels->load_row(o + r * f->dv, from + r * f->dv, ATTN_F32, f->dv, allocation[r]);
     }
-}
-
-/* competition [B,H,M] and allocation [B,H,N] may be NULL together. */
-static attn_status core_forward(attn_call *call, const flow *f, const float *q, const float *k, const float *v, float *o,
-                                float *competition, float *allocation)
-{
-    flow_work w;
-    ATTN_TRY(make_work(call, f, &w, competition, allocation));
-    run_flows(call, f, q, k, v, &w);
-    attn_linattn shape = product_shape(f);
-    ATTN_TRY(attn_linattn_forward(&shape, call->arena, call->threads, w.qn, w.k, w.w, NULL, o, NULL));
-    allot(f, call->threads, w.allocation, o, o);
-    return ATTN_OK;
 }
 
 /* ---- Backward of the flows: from gradients of I (through the product), allocation and competition to those of mapped q and k ---- */
@@ -384,8 +328,7 @@ static void back_normal(const flow *f, const head *h, double *gi, const double *
 }
 
 /* Sums hold their totals at the end of the sequence; going back takes each token out again. */
-static void back_causal(const flow *f, const head *h, double exp_sum, const double *gi, const double *gal, const double *gc, float *gq,
-                        float *gk)
+static void back_causal(const flow *f, const head *h, const double *gi, const double *gal, const double *gc, float *gq, float *gk)
 {
     int64_t d = f->d;
     double *g_in = h->q_in + d, *g_out = g_in + d, *g_k = g_in + 2 * d, *g_q = g_in + 3 * d, later = 0;
@@ -393,8 +336,8 @@ static void back_causal(const flow *f, const head *h, double exp_sum, const doub
     for (int64_t i = f->n - 1; i >= 0; i--) {
         double t = (double)(i + 1), in = h->in[i], out = h->out[i], a = (double)h->allocation[i];
         const float *q = h->q + i * d, *k = h->k + i * d;
-        later += gc[i] * (double)h->competition[i] / exp_sum;
-        double ge = gc[i] * t / exp_sum - later;
+        later += gc[i] * (double)h->competition[i] / h->ends[i];
+        double ge = gc[i] * t / h->ends[i] - later;
         double g_source = h->clipped[i] ? 0 : ge * h->exps[i] / t, g_sink = gal[i] * a * (1 - a) / t;
         for (int64_t c = 0; c < d; c++) {
             g_in[c] += g_source * ((double)k[c] + f->eps);
@@ -411,7 +354,6 @@ static void back_causal(const flow *f, const head *h, double exp_sum, const doub
         add_scaled(h->q_sum, q, d, -1);
         add_scaled(h->k_out, k, d, -t / out);
         add_scaled(h->q_in, q, d, -t / in);
-        exp_sum -= h->exps[i];
     }
 }
 
@@ -423,7 +365,7 @@ static attn_status core_backward(attn_call *call, const flow *f, const float *q,
     float *r, *gr, *gq, *gk, *gw;
     double *gi, *gal, *gc;
     int64_t heads = f->batch * f->heads, kv = heads / f->group;
-    ATTN_TRY(make_work(call, f, &w, NULL, NULL));
+    ATTN_TRY(make_work(call, f, &w));
     ATTN_TRY(attn_take_f32(call, heads * f->n * f->dv, &r));
     ATTN_TRY(attn_take_f32(call, heads * f->n * f->dv, &gr));
     ATTN_TRY(attn_take_f32(call, heads * f->n * f->d, &gq));
@@ -441,8 +383,7 @@ static attn_status core_backward(attn_call *call, const flow *f, const float *q,
 #pragma omp parallel for schedule(dynamic, 1) num_threads(call->threads) if (call->threads > 1)
     for (int64_t i = 0; i < heads; i++) {
         head h = head_of(f, &w, i);
-        const float *values = kv_row(f, v, i, f->dv);
-        double exp_sum = 0;
+        const float *values = attn_flow_kv(f, v, i, f->dv);
         for (int64_t t = 0; t < f->n; t++) {
             float *g = gq + (i * f->n + t) * f->d;
             gal[i * f->n + t] = (double)kernels->dot(grad_o + (i * f->n + t) * f->dv, r + (i * f->n + t) * f->dv, f->dv);
@@ -454,15 +395,14 @@ static attn_status core_backward(attn_call *call, const flow *f, const float *q,
             float *g = gw + (i * f->m + j) * f->dv;
             gc[i * f->m + j] = (double)kernels->dot(g, values + j * f->dv, f->dv);
             kernels->scale(g, f->dv, h.competition[j]);
-            exp_sum += f->causal ? h.exps[j] : 0;
         }
         if (f->causal) {
-            back_causal(f, &h, exp_sum, gi + i * f->n, gal + i * f->n, gc + i * f->m, gq + i * f->n * f->d, gk + i * f->m * f->d);
+            back_causal(f, &h, gi + i * f->n, gal + i * f->n, gc + i * f->m, gq + i * f->n * f->d, gk + i * f->m * f->d);
         } else {
             back_normal(f, &h, gi + i * f->n, gal + i * f->n, gc + i * f->m, gq + i * f->n * f->d, gk + i * f->m * f->d);
         }
         map_back(f->kernel, q + i * f->n * f->d, h.q, gq + i * f->n * f->d, f->n * f->d);
-        map_back(f->kernel, kv_row(f, k, i, f->d), h.k, gk + i * f->m * f->d, f->m * f->d);
+        map_back(f->kernel, attn_flow_kv(f, k, i, f->d), h.k, gk + i * f->m * f->d, f->m * f->d);
     }
     if (grad_q != NULL) {
         memcpy(grad_q, gq, (size_t)(heads * f->n * f->d) * sizeof *gq);
@@ -533,7 +473,7 @@ static attn_status flow_forward(attn_call *call)
 {
     flow f;
     ATTN_TRY(setup(call, &f));
-    return core_forward(call, &f, attn_f32(call->t[Q]), attn_f32(call->t[K]), attn_f32(call->t[V]), attn_f32(call->t[O]),
+    return attn_flow_forward(call, &f, attn_f32(call->t[Q]), attn_f32(call->t[K]), attn_f32(call->t[V]), attn_f32(call->t[O]),
                         attn_f32(call->t[COMPETITION]), attn_f32(call->t[ALLOCATION]));
 }
 
@@ -625,7 +565,7 @@ static attn_status decode_forward(attn_call *call)
     flow f = {.batch = attn_dim(call, "B"), .heads = attn_dim(call, "H"), .group = 1, .n = n, .m = n, .d = d, .dv = dv, .causal = 1,
               .kernel = p->kernel, .eps = p->eps, .clamp = p->clamp};
     flow_work w;
-    ATTN_TRY(make_work(call, &f, &w, NULL, NULL));
+    ATTN_TRY(make_work(call, &f, &w));
     const attn_tile_kernels *kernels = attn_tile_kernels_get();
     int64_t heads = f.batch * f.heads;
     float *state = attn_f32(call->t[D_STATE + 5]);
@@ -639,8 +579,8 @@ static attn_status decode_forward(attn_call *call)
             }
         }
         exp_sum = call->t[D_EXP] != NULL ? (double)attn_f32(call->t[D_EXP])[i] : 0;
-        map_row(kernels, f.kernel, attn_f32(call->t[D_Q]) + i * n * d, w.q + i * n * d, n * d);
-        map_row(kernels, f.kernel, attn_f32(call->t[D_K]) + i * n * d, w.k + i * n * d, n * d);
+        attn_flow_map(f.kernel, attn_f32(call->t[D_Q]) + i * n * d, w.q + i * n * d, n * d);
+        attn_flow_map(f.kernel, attn_f32(call->t[D_K]) + i * n * d, w.k + i * n * d, n * d);
         flows_causal(&f, &h, p->steps, &exp_sum);
         for (int64_t t = 0; t < n; t++) {
             kernels->load_row(h.qn + t * d, h.q + t * d, ATTN_F32, d, (float)(1 / h.in[t]));
@@ -765,7 +705,7 @@ static attn_status layer_inner(attn_call *call, const layer *y, inner *t)
         attn_head_rows part = heads_of(f, i == 0 ? f->n : f->m);
         attn_heads_split(&part, call->threads, spare, to[i]);
     }
-    ATTN_TRY(core_forward(call, f, t->q, t->k, t->v, spare, NULL, NULL));
+    ATTN_TRY(attn_flow_forward(call, f, t->q, t->k, t->v, spare, NULL, NULL));
     attn_head_rows heads = heads_of(f, f->n);
     attn_heads_join(&heads, call->threads, spare, t->o);
     return ATTN_OK;

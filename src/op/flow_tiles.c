@@ -1,0 +1,411 @@
+/* Flow attention forward, in tiles of tokens that stay in the caches.
+ *
+ * All that the flows need from other tokens are sums of rows: over all tokens, or in the causal form over the tokens before a tile and,
+ * inside it, sums over the lower and the upper triangle of the tile's own products q.k, which the output needs anyway. Sums over a tile are
+ * f32, those over tiles double. With <a, b> = sum of (a + eps)(b + eps), a row's product with a sum S is x.(S + eps) + eps * sum(S + eps).
+ */
+#include "op/flow.h"
+
+#include "layer/activation.h"
+
+#include <omp.h>
+#include <string.h>
+
+#define TILE 48  /* tokens: whole tiles of 6 or 4 rows and of 16 columns */
+#define STRIPE 6 /* rows that share their last visible column */
+
+/* Sums of rows, two for the keys and two for the queries: plain, and each row by its count over its flow. */
+enum { PLAIN, SHARED, SUMS };
+
+/* One side: queries or keys of a head. */
+typedef struct side {
+    const float *x;        /* [count][d], not mapped */
+    int64_t count;
+    float *mapped;         /* [count or TILE][dp] */
+    double *sum[SUMS];     /* [d] */
+    float *base;           /* [SUMS + 1][dp]: the sums plus eps, and ones */
+    double total[SUMS];    /* sum of (sum + eps) */
+    float *recent;         /* [SUMS][dp]: of the current tile */
+    float *dots;           /* [SUMS + 1][TILE]: rows of the tile times base */
+    float *weights;        /* [SUMS][TILE]: 1, and count over flow */
+    float *inside;         /* [SUMS][TILE]: sums over the triangle by row, the second weighted by the other side's weights */
+} side;
+
+typedef struct work {
+    const attn_flow *f;
+    const attn_tile_kernels *tile;
+    int64_t dp, vp;
+    side q, k;
+    float *kt, *lower, *upper; /* [d][TILE], [TILE][TILE] */
+    float *flow;               /* [n]: I of each query (without causal) */
+    float *numbers;            /* [TILE] */
+    float *values;             /* [TILE][vp]: competition * v */
+    float *state;              /* [d][vp] */
+} work;
+
+static int64_t padded(int64_t count) { return (count + 15) / 16 * 16; }
+
+static size_t work_floats(const attn_flow *f)
+{
+    int64_t dp = padded(f->d), vp = padded(f->dv), stored = f->causal ? 2 * TILE : f->n + f->m;
+    return (size_t)(stored * dp + 2 * (2 * SUMS * dp + (2 * SUMS + 1) * dp + (3 * SUMS + 1) * TILE) + f->d * TILE + 2 * TILE * TILE +
+                    (f->causal ? 0 : padded(f->n)) + TILE + TILE * vp + f->d * vp);
+}
+
+static float *take(float **memory, int64_t count)
+{
+    float *taken = *memory;
+    *memory += count;
+    return taken;
+}
+
+static void side_init(side *s, int64_t rows, int64_t dp, float **memory)
+{
+    for (int i = 0; i < SUMS; i++) {
+        s->sum[i] = (double *)(void *)take(memory, 2 * dp);
+    }
+    s->mapped = take(memory, rows * dp);
+    s->base = take(memory, (SUMS + 1) * dp);
+    s->recent = take(memory, SUMS * dp);
+    s->dots = take(memory, (SUMS + 1) * TILE);
+    s->weights = take(memory, SUMS * TILE);
+    s->inside = take(memory, SUMS * TILE);
+    for (int64_t c = 0; c < TILE; c++) {
+        s->weights[c] = 1;
+    }
+}
+
+static void work_init(work *w, const attn_flow *f, float *memory)
+{
+    memset(memory, 0, work_floats(f) * sizeof(float)); /* what pads rows is read */
+    *w = (work){.f = f, .tile = attn_tile_kernels_get(), .dp = padded(f->d), .vp = padded(f->dv)};
+    side_init(&w->q, f->causal ? TILE : f->n, w->dp, &memory);
+    side_init(&w->k, f->causal ? TILE : f->m, w->dp, &memory);
+    w->kt = take(&memory, f->d * TILE);
+    w->lower = take(&memory, TILE * TILE);
+    w->upper = take(&memory, TILE * TILE);
+    w->flow = take(&memory, f->causal ? 0 : padded(f->n));
+    w->numbers = take(&memory, TILE);
+    w->values = take(&memory, TILE * w->vp);
+    w->state = take(&memory, f->d * w->vp);
+}
+
+/* base and total of one sum from its double. */
+static void settle(const work *w, side *s, int which)
+{
+    double eps = w->f->eps;
+    s->total[which] = (double)w->f->d * eps;
+    for (int64_t c = 0; c < w->f->d; c++) {
+        s->base[which * w->dp + c] = (float)(s->sum[which][c] + eps);
+        s->total[which] += s->sum[which][c];
+    }
+}
+
+static void side_begin(const work *w, side *s, const float *x, int64_t count)
+{
+    s->x = x;
+    s->count = count;
+    for (int i = 0; i < SUMS; i++) {
+        memset(s->sum[i], 0, (size_t)w->f->d * sizeof(double));
+        settle(w, s, i);
+    }
+    for (int64_t c = 0; c < w->f->d; c++) {
+        s->base[SUMS * w->dp + c] = 1;
+    }
+}
+
+static void map_rows(const work *w, const side *s, int64_t first, int64_t count, float *to)
+{
+    const attn_flow *f = w->f;
+    if (f->d == w->dp) {
+        attn_flow_map(f->kernel, s->x + first * f->d, to, count * f->d);
+        return;
+    }
+    for (int64_t r = 0; r < count; r++) {
+        attn_flow_map(f->kernel, s->x + (first + r) * f->d, to + r * w->dp, f->d);
+    }
+}
+
+/* Add the tile's rows, weighted, to sums low ... high - 1. */
+static void gather(const work *w, side *s, const float *rows, int64_t count, int low, int high)
+{
+    memset(s->recent, 0, (size_t)(SUMS * w->dp) * sizeof(float));
+    w->tile->decode_values(s->recent, w->dp, s->weights + low * TILE, TILE, high - low, rows, ATTN_F32, w->dp, count, w->dp);
+    for (int i = low; i < high; i++) {
+        for (int64_t c = 0; c < w->f->d; c++) {
+            s->sum[i][c] += (double)s->recent[(i - low) * w->dp + c];
+        }
+    }
+}
+
+/* dots: the tile's rows times base low ... high - 1. */
+static void project(const work *w, side *s, const float *base, const float *rows, int64_t count, int bases)
+{
+    w->tile->decode_scores(s->dots, TILE, base, w->dp, bases, rows, ATTN_F32, w->dp, count, w->dp);
+}
+
+static int64_t left(int64_t count, int64_t first) { return attn_min_i64(TILE, count - first); }
+
+/* rows of values times weights: what the state and the output of a tile read. */
+static void weigh_values(const work *w, const float *v, const float *weights, int64_t count)
+{
+    for (int64_t j = 0; j < count; j++) {
+        w->tile->load_row(w->values + j * w->vp, v + j * w->f->dv, ATTN_F32, w->f->dv, weights[j]);
+    }
+}
+
+static void advance(const work *w, const float *keys, int64_t count)
+{
+    w->tile->product(w->f->d, w->f->dv, count, keys, 1, w->dp, w->values, w->vp, w->tile->nr, w->state, w->vp, 1);
+}
+
+/* ---- Normal form ---- */
+
+static void sum_plain(const work *w, side *s)
+{
+    for (int64_t i = 0; i < s->count; i += TILE) {
+        int64_t count = left(s->count, i);
+        map_rows(w, s, i, count, s->mapped + i * w->dp);
+        gather(w, s, s->mapped + i * w->dp, count, PLAIN, SHARED);
+    }
+    settle(w, s, PLAIN);
+}
+
+/* Each row's flow through the other side's plain sum, kept in flow unless that is NULL, and the sum of rows by it. */
+static void sum_shared(const work *w, side *s, const side *other, float *flow)
+{
+    for (int64_t i = 0; i < s->count; i += TILE) {
+        int64_t count = left(s->count, i);
+        const float *rows = s->mapped + i * w->dp;
+        project(w, s, other->base, rows, count, 1);
+        for (int64_t r = 0; r < count; r++) {
+            float through = (float)((double)s->dots[r] + w->f->eps * other->total[PLAIN]);
+            s->weights[SHARED * TILE + r] = 1 / through;
+            if (flow != NULL) {
+                flow[i + r] = through;
+            }
+        }
+        gather(w, s, rows, count, SHARED, SUMS);
+    }
+    settle(w, s, SHARED);
+}
+
+/* state = the sum of keys times competition * values. The softmax over all sources goes by tiles: whatever came before is scaled down when
+ * the largest flow grows. */
+static void collect(work *w, const float *v, float *competition)
+{
+    const attn_flow *f = w->f;
+    side *k = &w->k;
+    float top = -INFINITY;
+    double sum = 0;
+    memset(w->state, 0, (size_t)(f->d * w->vp) * sizeof(float));
+    for (int64_t j = 0; j < f->m; j += TILE) {
+        int64_t count = left(f->m, j);
+        const float *rows = k->mapped + j * w->dp;
+        float before = top;
+        uint8_t clipped;
+        project(w, k, w->q.base + SHARED * w->dp, rows, count, 1);
+        for (int64_t r = 0; r < count; r++) {
+            w->numbers[r] = (float)attn_flow_limit((double)k->dots[r] + f->eps * w->q.total[SHARED], f->clamp, &clipped);
+            top = w->numbers[r] > top ? w->numbers[r] : top;
+        }
+        if (competition != NULL) {
+            memcpy(competition + j, w->numbers, (size_t)count * sizeof(float));
+        }
+        if (top > before && sum > 0) {
+            double keep = exp((double)before - (double)top);
+            sum *= keep;
+            w->tile->scale(w->state, f->d * w->vp, (float)keep);
+        }
+        for (int64_t r = 0; r < count; r++) {
+            w->numbers[r] = (w->numbers[r] - top) * 1.44269504f;
+        }
+        w->tile->exp2_row(w->numbers, count, 0);
+        for (int64_t r = 0; r < count; r++) {
+            sum += (double)w->numbers[r];
+        }
+        weigh_values(w, v + j * f->dv, w->numbers, count);
+        advance(w, rows, count);
+    }
+    double share = (double)f->m / sum;
+    w->tile->scale(w->state, f->d * w->vp, (float)share);
+    for (int64_t j = 0; j < f->m && competition != NULL; j++) {
+        competition[j] = (competition[j] - top) * 1.44269504f;
+    }
+    if (competition != NULL) {
+        w->tile->exp2_row(competition, f->m, 0);
+        w->tile->scale(competition, f->m, (float)share);
+    }
+}
+
+/* Allocations, and each query's share of the state. */
+static void hand_out(work *w, float *o, float *allocation)
+{
+    const attn_flow *f = w->f;
+    side *q = &w->q;
+    double ratio = (double)f->n / (double)f->m;
+    for (int64_t i = 0; i < f->n; i += TILE) {
+        int64_t count = left(f->n, i);
+        const float *rows = q->mapped + i * w->dp;
+        project(w, q, w->k.base + SHARED * w->dp, rows, count, 1);
+        for (int64_t r = 0; r < count; r++) {
+            w->numbers[r] = (float)(((double)q->dots[r] + f->eps * w->k.total[SHARED]) * ratio);
+        }
+        attn_linear_kernels_get()->sigmoid(w->numbers, w->numbers, count);
+        w->tile->product(count, f->dv, f->d, rows, w->dp, 1, w->state, w->vp, w->tile->nr, o + i * f->dv, f->dv, 0);
+        for (int64_t r = 0; r < count; r++) {
+            w->tile->scale(o + (i + r) * f->dv, f->dv, w->numbers[r] / w->flow[i + r]);
+        }
+        if (allocation != NULL) {
+            memcpy(allocation + i, w->numbers, (size_t)count * sizeof(float));
+        }
+    }
+}
+
+static void normal_head(work *w, const float *v, float *o, float *competition, float *allocation)
+{
+    sum_plain(w, &w->k);
+    sum_plain(w, &w->q);
+    sum_shared(w, &w->q, &w->k, w->flow);
+    sum_shared(w, &w->k, &w->q, NULL);
+    collect(w, v, competition);
+    hand_out(w, o, allocation);
+}
+
+/* ---- Causal form ---- */
+
+/* The softmax over the sources so far, relative to the largest. */
+typedef struct prefix {
+    double top, sum;
+} prefix;
+
+static double share_of(prefix *p, double x)
+{
+    double e = 1;
+    if (x > p->top) {
+        p->sum *= exp(p->top - x);
+        p->top = x;
+    } else {
+        e = exp(x - p->top);
+    }
+    p->sum += e;
+    return e / p->sum;
+}
+
+/* lower and upper: products of the tile's queries (rows) with its keys up to the query, and from it on. */
+static void triangles(work *w, int64_t count)
+{
+    w->tile->pack_transposed(w->kt, TILE, w->k.mapped, ATTN_F32, w->dp, count, w->f->d);
+    w->tile->product(count, count, w->f->d, w->q.mapped, w->dp, 1, w->kt, TILE, w->tile->nr, w->upper, TILE, 0);
+    for (int64_t r = 0; r < count; r++) {
+        float *lower = w->lower + r * TILE, *upper = w->upper + r * TILE;
+        memcpy(lower, upper, (size_t)(r + 1) * sizeof(float));
+        memset(lower + r + 1, 0, (size_t)(TILE - r - 1) * sizeof(float));
+        memset(upper, 0, (size_t)r * sizeof(float));
+    }
+}
+
+/* inside[which]: for each query the sum of its row of the lower triangle, for each key that of its column of the upper one, weighted by the
+ * other side's weights. */
+static void sum_triangles(work *w, int64_t count, int which)
+{
+    float *columns = w->k.inside + which * TILE;
+    w->tile->decode_scores(w->q.inside + which * TILE, TILE, w->k.weights + which * TILE, TILE, 1, w->lower, ATTN_F32, TILE, count, TILE);
+    memset(columns, 0, TILE * sizeof(float));
+    w->tile->decode_values(columns, TILE, w->q.weights + which * TILE, TILE, 1, w->upper, ATTN_F32, TILE, count, TILE);
+}
+
+/* A row's flow through the other side's sum up to its own place; ones: eps times the sum of the other side's rows inside the tile. */
+static double flow_of(const work *w, const side *s, const side *other, int which, int64_t r, double ones)
+{
+    return (double)s->dots[which * TILE + r] + (double)s->inside[which * TILE + r] + w->f->eps * (other->total[which] + ones);
+}
+
+/* numbers: competition of the tile's sources; q.weights[PLAIN]: allocation over incoming flow, to be reset to ones. */
+static void tile_flows(work *w, int64_t first, int64_t count, prefix *softmax, float *allocation)
+{
+    side *q = &w->q, *k = &w->k;
+    double ones_q = 0, ones_k = 0;
+    project(w, q, k->base, q->mapped, count, SUMS + 1);
+    project(w, k, q->base, k->mapped, count, SUMS + 1);
+    triangles(w, count);
+    sum_triangles(w, count, PLAIN);
+    for (int64_t r = 0; r < count; r++) {
+        float t = (float)(first + r + 1);
+        ones_q += (double)q->dots[SUMS * TILE + r];
+        ones_k += (double)k->dots[SUMS * TILE + r];
+        q->weights[SHARED * TILE + r] = t / (float)flow_of(w, q, k, PLAIN, r, ones_k);
+        k->weights[SHARED * TILE + r] = t / (float)flow_of(w, k, q, PLAIN, r, ones_q);
+    }
+    sum_triangles(w, count, SHARED);
+    ones_q = ones_k = 0;
+    for (int64_t r = 0; r < count; r++) {
+        double t = (double)(first + r + 1);
+        uint8_t clipped;
+        ones_q += (double)q->dots[SUMS * TILE + r] * (double)q->weights[SHARED * TILE + r];
+        ones_k += (double)k->dots[SUMS * TILE + r] * (double)k->weights[SHARED * TILE + r];
+        allocation[r] = (float)(flow_of(w, q, k, SHARED, r, ones_k) / t);
+        w->numbers[r] = (float)(t * share_of(softmax, attn_flow_limit(flow_of(w, k, q, SHARED, r, ones_q) / t, w->f->clamp, &clipped)));
+    }
+    attn_linear_kernels_get()->sigmoid(allocation, allocation, count);
+    for (int which = PLAIN; which < SUMS; which++) {
+        side *s = which == PLAIN ? q : k;
+        gather(w, s, s->mapped, count, PLAIN, SUMS);
+        settle(w, s, PLAIN);
+        settle(w, s, SHARED);
+    }
+}
+
+static void causal_head(work *w, const float *v, float *o, float *competition, float *allocation)
+{
+    const attn_flow *f = w->f;
+    prefix softmax = {-INFINITY, 0};
+    float own[TILE];
+    memset(w->state, 0, (size_t)(f->d * w->vp) * sizeof(float));
+    for (int64_t first = 0; first < f->n; first += TILE) {
+        int64_t count = left(f->n, first);
+        float *to = o + first * f->dv, *allotted = allocation != NULL ? allocation + first : own;
+        map_rows(w, &w->q, first, count, w->q.mapped);
+        map_rows(w, &w->k, first, count, w->k.mapped);
+        tile_flows(w, first, count, &softmax, allotted);
+        weigh_values(w, v + first * f->dv, w->numbers, count);
+        for (int64_t r = 0; r < count; r += STRIPE) {
+            int64_t rows = attn_min_i64(STRIPE, count - r);
+            w->tile->product(rows, f->dv, r + rows, w->lower + r * TILE, TILE, 1, w->values, w->vp, w->tile->nr, to + r * f->dv, f->dv, 0);
+            if (first > 0) {
+                w->tile->product(rows, f->dv, f->d, w->q.mapped + r * w->dp, w->dp, 1, w->state, w->vp, w->tile->nr, to + r * f->dv, f->dv, 1);
+            }
+        }
+        for (int64_t r = 0; r < count; r++) {
+            w->tile->scale(to + r * f->dv, f->dv, allotted[r] * w->q.weights[SHARED * TILE + r] / (float)(first + r + 1));
+        }
+        if (competition != NULL) {
+            memcpy(competition + first, w->numbers, (size_t)count * sizeof(float));
+        }
+        advance(w, w->k.mapped, count);
+    }
+}
+
+attn_status attn_flow_forward(attn_call *call, const attn_flow *f, const float *q, const float *k, const float *v, float *o,
+                              float *competition, float *allocation)
+{
+    size_t each = work_floats(f);
+    int64_t heads = f->batch * f->heads;
+    float *memory;
+    int threads = (int)attn_max_i64(1, attn_min_i64(call->threads, heads));
+    ATTN_TRY(attn_take_f32(call, threads * (int64_t)each, &memory));
+#pragma omp parallel num_threads(threads) if (threads > 1)
+    {
+        work w;
+        work_init(&w, f, memory + (size_t)omp_get_thread_num() * each);
+#pragma omp for schedule(dynamic, 1)
+        for (int64_t i = 0; i < heads; i++) {
+            side_begin(&w, &w.q, q + i * f->n * f->d, f->n);
+            side_begin(&w, &w.k, attn_flow_kv(f, k, i, f->d), f->m);
+            (f->causal ? causal_head : normal_head)(&w, attn_flow_kv(f, v, i, f->dv), o + i * f->n * f->dv,
+                                                    competition != NULL ? competition + i * f->m : NULL,
+                                                    allocation != NULL ? allocation + i * f->n : NULL);
+        }
+    }
+    return ATTN_OK;
+}
