@@ -6,7 +6,7 @@
  */
 #include "op/flow.h"
 
-#include "layer/activation.h"
+#include "kernel/decode.h"
 
 #include <omp.h>
 #include <string.h>
@@ -34,6 +34,7 @@ typedef struct side {
 typedef struct work {
     const attn_flow *f;
     const attn_tile_kernels *tile;
+    const attn_decode_kernels *decode;
     int64_t dp, vp;
     side q, k;
     float *kt, *lower, *upper; /* [d][TILE], [TILE][TILE] */
@@ -78,7 +79,7 @@ static void side_init(side *s, int64_t rows, int64_t dp, float **memory)
 static void work_init(work *w, const attn_flow *f, float *memory)
 {
     memset(memory, 0, work_floats(f) * sizeof(float)); /* what pads rows is read */
-    *w = (work){.f = f, .tile = attn_tile_kernels_get(), .dp = padded(f->d), .vp = padded(f->dv)};
+    *w = (work){.f = f, .tile = attn_tile_kernels_get(), .decode = attn_decode_kernels_get(), .dp = padded(f->d), .vp = padded(f->dv)};
     side_init(&w->q, f->causal ? TILE : f->n, w->dp, &memory);
     side_init(&w->k, f->causal ? TILE : f->m, w->dp, &memory);
     w->kt = take(&memory, f->d * TILE);
@@ -130,7 +131,7 @@ static void map_rows(const work *w, const side *s, int64_t first, int64_t count,
 static void gather(const work *w, side *s, const float *rows, int64_t count, int low, int high)
 {
     memset(s->recent, 0, (size_t)(SUMS * w->dp) * sizeof(float));
-    w->tile->decode_values(s->recent, w->dp, s->weights + low * TILE, TILE, high - low, rows, ATTN_F32, w->dp, count, w->dp);
+    w->decode->values(s->recent, w->dp, s->weights + low * TILE, TILE, high - low, rows, ATTN_F32, w->dp, count, w->dp);
     for (int i = low; i < high; i++) {
         for (int64_t c = 0; c < w->f->d; c++) {
             s->sum[i][c] += (double)s->recent[(i - low) * w->dp + c];
@@ -141,7 +142,7 @@ static void gather(const work *w, side *s, const float *rows, int64_t count, int
 /* dots: the tile's rows times base low ... high - 1. */
 static void project(const work *w, side *s, const float *base, const float *rows, int64_t count, int bases)
 {
-    w->tile->decode_scores(s->dots, TILE, base, w->dp, bases, rows, ATTN_F32, w->dp, count, w->dp);
+    w->decode->scores(s->dots, TILE, base, w->dp, bases, rows, ATTN_F32, w->dp, count, w->dp);
 }
 
 static int64_t left(int64_t count, int64_t first) { return attn_min_i64(TILE, count - first); }
@@ -310,9 +311,9 @@ static void triangles(work *w, int64_t count)
 static void sum_triangles(work *w, int64_t count, int which)
 {
     float *columns = w->k.inside + which * TILE;
-    w->tile->decode_scores(w->q.inside + which * TILE, TILE, w->k.weights + which * TILE, TILE, 1, w->lower, ATTN_F32, TILE, count, TILE);
+    w->decode->scores(w->q.inside + which * TILE, TILE, w->k.weights + which * TILE, TILE, 1, w->lower, ATTN_F32, TILE, count, TILE);
     memset(columns, 0, TILE * sizeof(float));
-    w->tile->decode_values(columns, TILE, w->q.weights + which * TILE, TILE, 1, w->upper, ATTN_F32, TILE, count, TILE);
+    w->decode->values(columns, TILE, w->q.weights + which * TILE, TILE, 1, w->upper, ATTN_F32, TILE, count, TILE);
 }
 
 /* A row's flow through the other side's sum up to its own place; ones: eps times the sum of the other side's rows inside the tile. */
