@@ -63,12 +63,29 @@ static rows rows_of(const gather *w, int64_t unit, int64_t block, int64_t chunk)
     return x;
 }
 
-static void load_keys(const gather *w, worker *x, const rows *g, int64_t first, int64_t keys)
+/* Listed rows lie anywhere, so that the machine does not foresee them: ask for them some entries ahead. */
+#define ENTRIES_AHEAD 8
+static void fetch_ahead(const attn_tensor *t, int64_t b, int64_t kv, int64_t key)
+{
+    const char *row = attn_dense_row(t, b, kv, key);
+    int64_t bytes = t->stride[3] == 1 ? t->shape[3] * (int64_t)attn_dtype_size(t->dtype) : 1;
+    for (int64_t at = 0; at < bytes; at += 64) {
+        __builtin_prefetch(row + at);
+    }
+}
+
+/* `keys` entries from `first` on, of a list that ends at `last`. */
+static void load_keys(const gather *w, worker *x, const rows *g, int64_t first, int64_t keys, int64_t last)
 {
     const dense_problem *p = w->p;
     int64_t kv = g->h0 / p->group;
     for (int64_t j = 0; j < keys; j++) {
         int64_t key = w->y->column[first + j];
+        if (first + j + ENTRIES_AHEAD < last) {
+            int64_t ahead = w->y->column[first + j + ENTRIES_AHEAD];
+            fetch_ahead(&p->in->k, g->b, kv, ahead);
+            fetch_ahead(&p->in->v, g->b, kv, ahead);
+        }
         attn_dense_load_row(p, x->k + j * p->d, &p->in->k, g->b, kv, key, p->d, attn_dense_row_scale(p->in->k_scale, g->b, kv, key));
         attn_dense_load_row(p, x->v + j * p->dv, &p->in->v, g->b, kv, key, p->dv, attn_dense_row_scale(p->in->v_scale, g->b, kv, key));
     }
@@ -121,7 +138,7 @@ static void attend(const gather *w, worker *x, const rows *g, int64_t first, int
     memset(x->o, 0, (size_t)(g->rows * p->dv_pad) * sizeof(float));
     for (; first < last; first += STEP) {
         int64_t keys = attn_min_i64(STEP, last - first), count = attn_ceil_div(keys, kernels->vw) * kernels->vw;
-        load_keys(w, x, g, first, keys);
+        load_keys(w, x, g, first, keys, last);
         p->decode->scores(x->s, STEP, x->q, p->d, g->rows, x->k, ATTN_F32, p->d, keys, p->d);
         for (int64_t r = 0; r < g->rows; r++) {
             finish_scores(w, x->s + r * STEP, g, r, first, keys, NULL);
@@ -310,7 +327,7 @@ static void backward_rows(const backward *w, worker *x, const rows *g, float *gr
     memset(grad_q, 0, (size_t)(g->rows * w->rows.d_pad) * sizeof(float));
     for (int64_t first = g->first; first < g->last; first += STEP) {
         int64_t keys = attn_min_i64(STEP, g->last - first);
-        load_keys(&w->g, x, g, first, keys);
+        load_keys(&w->g, x, g, first, keys, g->last);
         p->decode->scores(x->s, STEP, x->q, p->d, g->rows, x->k, ATTN_F32, p->d, keys, p->d);
         p->decode->scores(x->ds, STEP, x->grad_o, p->dv, g->rows, x->v, ATTN_F32, p->dv, keys, p->dv);
         for (int64_t r = 0; r < g->rows; r++) {
