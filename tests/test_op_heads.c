@@ -139,6 +139,11 @@ static void test_disendiff_gradients(void **state)
     opcheck_input(&attention, "k", SHAPE(2, 2, 7, 6));
     opcheck_input(&attention, "v", SHAPE(2, 2, 7, 5));
     opcheck_run(&attention, 1e-2);
+    opcheck_case blocks = {.spec = "disendiff.attention:freeze=0,scale=0.5", .seed = 4, .samples = 8}; /* of rows, and panels of tokens */
+    opcheck_input(&blocks, "q", SHAPE(1, 2, 101, 9));
+    opcheck_input(&blocks, "k", SHAPE(1, 1, 77, 9));
+    opcheck_input(&blocks, "v", SHAPE(1, 1, 77, 16));
+    opcheck_run(&blocks, 1e-2);
     opcheck_case train = {.spec = "disendiff.train:grid=[3,4],freeze=0", .seed = 3, .samples = 12, .step = 1e-2};
     opcheck_input(&train, "q", SHAPE(2, 1, 2, 12, 6));
     opcheck_input(&train, "k", SHAPE(2, 1, 2, 7, 6));

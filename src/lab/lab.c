@@ -6,7 +6,7 @@
 #include <string.h>
 #include <time.h>
 
-#define EXPERIMENTS(X) X(agent) X(based) X(lightning) X(moh) X(rat) X(retrieval_head) X(tnl)
+#define EXPERIMENTS(X) X(agent) X(based) X(disendiff) X(lightning) X(moh) X(mrsa) X(rat) X(retrieval_head) X(softpag) X(tnl)
 
 #define X(name) extern const attn_lab_class attn_lab_##name;
 EXPERIMENTS(X)
@@ -178,23 +178,36 @@ static int ascending(const void *a, const void *b)
 typedef struct timed_call {
     attn_op *op;
     const attn_named_tensor *in;
-    attn_named_tensor out[MOST_PORTS], grad_in[MOST_PORTS], grad_out;
-    int in_count, out_count, grad_count;
+    attn_named_tensor out[MOST_PORTS], grad_in[MOST_PORTS], grad_out[MOST_PORTS];
+    int in_count, out_count, grad_count, grad_out_count;
     attn_exec exec;
 } timed_call;
+
+/* Whether there is such a port, and it is differentiable. */
+static int has_gradient(const attn_op_info *info, attn_port_direction direction, const char *name)
+{
+    for (int i = 0; i < info->port_count; i++) {
+        const attn_port_info *port = &info->ports[i];
+        if (port->direction == direction && (port->flags & ATTN_PORT_DIFF) != 0 && strcmp(port->name, name) == 0) {
+            return 1;
+        }
+    }
+    return 0;
+}
 
 static void make_gradients(lab *l, attn_arena *arena, timed_call *c)
 {
     const attn_op_info *info = attn_op_get_info(c->op);
-    c->grad_out.name = c->out[0].name;
-    c->grad_out.tensor = normal_in(l, arena, 1, c->out[0].tensor.ndim, c->out[0].tensor.shape);
+    for (int i = 0; i < c->out_count; i++) {
+        const attn_tensor *o = &c->out[i].tensor;
+        if (has_gradient(info, ATTN_PORT_OUT, c->out[i].name)) {
+            c->grad_out[c->grad_out_count++] = (attn_named_tensor){c->out[i].name, normal_in(l, arena, 1, o->ndim, o->shape)};
+        }
+    }
     for (int i = 0; i < c->in_count; i++) {
-        for (int j = 0; j < info->port_count; j++) {
-            const attn_port_info *port = &info->ports[j];
-            if (port->direction == ATTN_PORT_IN && (port->flags & ATTN_PORT_DIFF) != 0 && strcmp(port->name, c->in[i].name) == 0) {
-                c->grad_in[c->grad_count].name = port->name;
-                c->grad_in[c->grad_count++].tensor = zeros_in(l, arena, ATTN_F32, c->in[i].tensor.ndim, c->in[i].tensor.shape);
-            }
+        const attn_tensor *x = &c->in[i].tensor;
+        if (has_gradient(info, ATTN_PORT_IN, c->in[i].name)) {
+            c->grad_in[c->grad_count++] = (attn_named_tensor){c->in[i].name, zeros_in(l, arena, ATTN_F32, x->ndim, x->shape)};
         }
     }
 }
@@ -202,8 +215,8 @@ static void make_gradients(lab *l, attn_arena *arena, timed_call *c)
 static attn_status call_once(timed_call *c, int backward)
 {
     ATTN_TRY(attn_op_forward(c->op, c->in, c->in_count, c->out, c->out_count, &c->exec));
-    return backward ? attn_op_backward(c->op, c->in, c->in_count, c->out, c->out_count, &c->grad_out, 1, c->grad_in, c->grad_count,
-                                       &c->exec)
+    return backward ? attn_op_backward(c->op, c->in, c->in_count, c->out, c->out_count, c->grad_out, c->grad_out_count, c->grad_in,
+                                       c->grad_count, &c->exec)
                     : ATTN_OK;
 }
 

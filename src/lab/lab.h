@@ -38,7 +38,7 @@ static inline uint8_t *lab_bool(const attn_tensor *t) { return t->data; }
 /* Run a mechanism for one output. */
 attn_tensor lab_output(lab *l, const char *spec, const attn_named_tensor *in, int in_count, const char *name);
 /* Median seconds of a call for all outputs in `names` (separated by spaces); with `backward`, of forward and the gradients of all
- * differentiable inputs for a random gradient of the first of these outputs. */
+ * differentiable inputs for random gradients of those of these outputs that have any. */
 double lab_seconds(lab *l, const char *spec, const attn_named_tensor *in, int in_count, const char *names, int backward);
 /* (query, key) pairs, or flops when pairs mean nothing, by the mechanism's own account. */
 attn_cost lab_cost(lab *l, const char *spec, const attn_named_tensor *in, int in_count);
