@@ -30,6 +30,18 @@ typedef struct attn_stairs {
 
 attn_status attn_stairs_forward(const attn_stairs *stairs, attn_arena *arena, int threads);
 
+/* The same token by token: each step takes the next row of the heads for which it is due. */
+typedef struct attn_stairs_steps {
+    attn_stairs now; /* heads: the step's */
+    const attn_stairs_head *all;
+    attn_stairs_head *room;
+} attn_stairs_steps;
+
+/* room [head_count] */
+attn_stairs_steps attn_stairs_steps_begin(const attn_stairs *stairs, attn_stairs_head *room);
+/* The next row of those heads where it sees at most `end` keys. */
+attn_status attn_stairs_steps_next(attn_stairs_steps *steps, int64_t end, attn_arena *arena, int threads);
+
 /* Gradients of one head, all overwritten; each may be NULL. */
 typedef struct attn_stairs_gradient {
     const float *grad_o;  /* [rows][dv] */

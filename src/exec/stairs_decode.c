@@ -64,3 +64,34 @@ void attn_stairs_few(const stairs_problem *p, const stairs_group *group, float *
         attn_stairs_finish_row(p, head[i], row[i], o + i * p->dv_pad, m[i], l[i]);
     }
 }
+
+attn_stairs_steps attn_stairs_steps_begin(const attn_stairs *stairs, attn_stairs_head *room)
+{
+    attn_stairs_steps steps = {*stairs, stairs->heads, room};
+    for (int64_t h = 0; h < stairs->head_count; h++) {
+        room[h] = stairs->heads[h];
+        room[h].rows = 0;
+    }
+    steps.now.heads = room;
+    return steps;
+}
+
+attn_status attn_stairs_steps_next(attn_stairs_steps *steps, int64_t end, attn_arena *arena, int threads)
+{
+    const attn_stairs *s = &steps->now;
+    for (int64_t h = 0; h < s->head_count; h++) {
+        attn_stairs_head *head = &steps->room[h];
+        const attn_stairs_head *all = &steps->all[h];
+        int64_t done = (head->q - all->q) / s->d + head->rows;
+        *head = *all;
+        head->rows = done < all->rows && all->end[done] <= end;
+        head->q += done * s->d;
+        head->end += done;
+        head->own_k = all->own_k != NULL ? all->own_k + done * s->d : NULL;
+        head->own_v = all->own_v != NULL ? all->own_v + done * s->dv : NULL;
+        head->first += done;
+        head->o += done * s->dv;
+        head->lse = all->lse != NULL ? all->lse + done : NULL;
+    }
+    return attn_stairs_forward(s, arena, threads);
+}

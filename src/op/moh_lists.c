@@ -5,31 +5,17 @@
 
 #include <string.h>
 
-/* One token at a time: of each head the row of that token, if it has one. */
+/* One token at a time: of each head the row of that token, if it has one. Causal, so that its end tells it. */
 static attn_status decode(attn_call *call, const moh_lists *x)
 {
-    int64_t n = attn_dim(call, "N"), all = x->lists.count;
-    const attn_lists *lists = &x->lists;
-    attn_stairs_head *step = attn_arena_array(call->arena, (size_t)all, sizeof *step);
-    int64_t *next = attn_arena_array(call->arena, (size_t)all, sizeof *next);
-    if (step == NULL || next == NULL) {
-        return attn_fail_memory((size_t)all * sizeof *step);
+    int64_t n = attn_dim(call, "N"), before = attn_dim(call, "M") - n;
+    attn_stairs_head *room = attn_arena_array(call->arena, (size_t)x->lists.count, sizeof *room);
+    if (room == NULL) {
+        return attn_fail_memory((size_t)x->lists.count * sizeof *room);
     }
-    memset(next, 0, (size_t)all * sizeof *next);
-    attn_stairs one = x->stairs;
-    one.heads = step;
+    attn_stairs_steps steps = attn_stairs_steps_begin(&x->stairs, room);
     for (int64_t i = 0; i < n; i++) {
-        for (int64_t bh = 0; bh < all; bh++) {
-            int64_t r = next[bh];
-            step[bh] = x->stairs.heads[bh];
-            step[bh].rows = r < step[bh].rows && lists->token[lists->first[bh] + r] == i;
-            step[bh].q += r * one.d;
-            step[bh].end += r;
-            step[bh].o += r * one.dv;
-            step[bh].lse += r;
-            next[bh] += step[bh].rows;
-        }
-        ATTN_TRY(attn_stairs_forward(&one, call->arena, call->threads));
+        ATTN_TRY(attn_stairs_steps_next(&steps, attn_max_i64(0, i + before + 1), call->arena, call->threads));
     }
     return ATTN_OK;
 }
