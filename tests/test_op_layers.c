@@ -52,6 +52,35 @@ static void test_moh(void **state)
     opcheck_case f = {.spec = "moh.norm_gates:shared_heads=1,top_k=2", .seed = 6, .step = 3e-3};
     opcheck_input(&f, "q_route", SHAPE(2, 5, 6, 4));
     opcheck_run(&f, 3e-2);
+    opcheck_case g = {.spec = "moh:shared_heads=1,top_k=3,causal=true,decode=true", .seed = 7, .step = 1e-3};
+    moh_inputs(&g, 6, 2, 30, 11, 1, 3, 0); /* many queries see no key */
+    opcheck_run(&g, 3e-2);
+}
+
+/* The scores of two routed heads are constant: their gradient is 0, whatever the norms are. */
+static void test_moh_two_norms(void **state)
+{
+    (void)state;
+    enum { N = 200, D = 16 };
+    static float q[2 * N * D], scores[N * 2], grad[2 * N * D];
+    for (int i = 0; i < 2 * N * D; i++) {
+        q[i] = 1 + 0.01f * (float)(i % 97);
+    }
+    for (int i = 0; i < 2 * N; i++) {
+        scores[i] = (float)(i % 7);
+    }
+    attn_op *op;
+    assert_int_equal(attn_op_create(&op, "moh.norm_gates:shared_heads=0,top_k=1"), ATTN_OK);
+    attn_named_tensor in = {"q_route", attn_tensor_make(q, ATTN_F32, SHAPE(1, 2, N, D))};
+    attn_named_tensor given = {"scores", attn_tensor_make(scores, ATTN_F32, SHAPE(1, N, 2))};
+    attn_named_tensor to = {"q_route", attn_tensor_make(grad, ATTN_F32, SHAPE(1, 2, N, D))};
+    assert_int_equal(attn_op_backward(op, &in, 1, NULL, 0, &given, 1, &to, 1, NULL), ATTN_OK);
+    for (int i = 0; i < 2 * N * D; i++) {
+        if (!(fabsf(grad[i]) < 1e-6f)) {
+            fail_msg("grad_q_route[%d] is %g, expected 0", i, (double)grad[i]);
+        }
+    }
+    attn_op_destroy(op);
 }
 
 static void test_moh_errors(void **state)
@@ -111,6 +140,18 @@ static void test_bam(void **state)
     opcheck_case g = {.spec = "bam.moa:heads=2,kv_heads=2", .seed = 5};
     moa_inputs(&g, 3, 2, 2, 2, 4);
     opcheck_fails(&g, ATTN_ERR_SHAPE, "w_k");
+    static const char *const specs[] = {"bam:heads=2,kv_heads=2,attn_top_k=4", "bam:heads=2,kv_heads=2,ffn_top_k=4"};
+    static const char *const words[] = {"attn_top_k = 4", "ffn_top_k = 4"};
+    for (int i = 0; i < 2; i++) {
+        opcheck_case h = {.spec = specs[i], .seed = 5};
+        moa_inputs(&h, 3, 1, 2, 2, 4);
+        h.in[1].name = "w_router_attn";
+        opcheck_input(&h, "w_router_ffn", SHAPE(3, 6));
+        opcheck_input(&h, "ln_w", SHAPE(6));
+        opcheck_input(&h, "w_up", SHAPE(3, 4, 6));
+        opcheck_input(&h, "w_down", SHAPE(3, 6, 2));
+        opcheck_fails(&h, ATTN_ERR_ARGUMENT, words[i]);
+    }
 }
 
 static void rcmha_inputs(opcheck_case *c, int64_t n, int64_t memory, int64_t heads, int per_head)
@@ -323,6 +364,7 @@ int main(void)
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(test_moh),
         cmocka_unit_test(test_moh_errors),
+        cmocka_unit_test(test_moh_two_norms),
         cmocka_unit_test(test_bam),
         cmocka_unit_test(test_rcmha),
         cmocka_unit_test(test_rat),

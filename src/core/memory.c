@@ -93,6 +93,8 @@ char *attn_strdup(const char *text)
     return copy;
 }
 
+#define MOST_GROWTH ((size_t)16 << 20)
+
 typedef struct block {
     struct block *previous;
     size_t capacity; /* bytes after the header, which takes ALIGNMENT bytes */
@@ -173,19 +175,17 @@ void attn_arena_reset(attn_arena *arena)
 {
     note_peak(arena);
     if (arena->top->previous != NULL || arena->spare != NULL) {
-        /* Merge; when that is refused the last block alone remains. */
+        /* Merge; when that is refused the last block alone remains. The others go first, so that the two do not add up. */
         attn_free(arena->spare);
+        blocks_free(arena->top->previous);
         arena->spare = NULL;
+        arena->top->previous = NULL;
         block *merged = block_create(arena->peak);
         if (merged != NULL) {
-            blocks_free(arena->top);
+            attn_free(arena->top);
             arena->top = merged;
-            arena->capacity = merged->capacity;
-        } else {
-            blocks_free(arena->top->previous);
-            arena->top->previous = NULL;
-            arena->capacity = arena->top->capacity;
         }
+        arena->capacity = arena->top->capacity;
     }
     arena->top->used = 0;
 }
@@ -202,7 +202,9 @@ void *attn_arena_alloc(attn_arena *arena, size_t bytes)
         arena->top = top = arena->spare;
         arena->spare = NULL;
     } else if (rounded > top->capacity - top->used) {
-        size_t capacity = rounded > 2 * top->capacity ? rounded : 2 * top->capacity;
+        /* Twice the last block, so that there are few of them; not above a size whose waste would count. */
+        size_t twice = 2 * top->capacity < MOST_GROWTH ? 2 * top->capacity : MOST_GROWTH;
+        size_t capacity = rounded > twice ? rounded : twice;
         block *made = block_create(capacity);
         if (made == NULL && capacity > rounded) {
             capacity = rounded;
