@@ -261,6 +261,37 @@ static void based_errors(void **unused)
     opcheck_fails(&rotary, ATTN_ERR_ARGUMENT, "rotary_dim = 3");
 }
 
+/* Windows in runs of queries against dense, over the ends of runs, with queries that see no key. */
+static void based_window_runs(void **unused)
+{
+    (void)unused;
+    enum { H = 4, HKV = 2, N = 1100, M = 1090, D = 5, DV = 3 };
+    static float q[H * N * D], k[HKV * M * D], v[HKV * M * DV], o[2][H * N * DV];
+    float *const all[] = {q, k, v};
+    const int counts[] = {H * N * D, HKV * M * D, HKV * M * DV};
+    for (int i = 0, seed = 1; i < 3; i++) {
+        for (int j = 0; j < counts[i]; j++, seed = seed * 75 % 65537) {
+            all[i][j] = (float)seed / 32768 - 1;
+        }
+    }
+    attn_named_tensor in[] = {{"q", attn_tensor_make(q, ATTN_F32, 4, (int64_t[]){1, H, N, D})},
+                              {"k", attn_tensor_make(k, ATTN_F32, 4, (int64_t[]){1, HKV, M, D})},
+                              {"v", attn_tensor_make(v, ATTN_F32, 4, (int64_t[]){1, HKV, M, DV})}};
+    const char *specs[] = {"based.window:window=20", "dense:causal=true,window=[20,0]"};
+    for (int i = 0; i < 2; i++) {
+        attn_named_tensor out[] = {{"o", attn_tensor_make(o[i], ATTN_F32, 4, (int64_t[]){1, H, N, DV})}};
+        attn_op *op;
+        assert_int_equal(attn_op_create(&op, specs[i]), ATTN_OK);
+        assert_int_equal(attn_op_forward(op, in, 3, out, 1, NULL), ATTN_OK);
+        attn_op_destroy(op);
+    }
+    for (int i = 0; i < H * N * DV; i++) {
+        if (!(fabsf(o[0][i] - o[1][i]) < 1e-5f)) {
+            fail_msg("o[%d] = %g, dense %g", i, (double)o[0][i], (double)o[1][i]);
+        }
+    }
+}
+
 /* Without heads at all, forward and backward have nothing to do. */
 static void no_heads(void **unused)
 {
@@ -300,6 +331,6 @@ int main(void)
     const struct CMUnitTest tests[] = {cmocka_unit_test(lightning), cmocka_unit_test(tnl), cmocka_unit_test(tnl_long), cmocka_unit_test(tnl_errors),
                                        cmocka_unit_test(flow), cmocka_unit_test(flow_conservation), cmocka_unit_test(flow_errors),
                                        cmocka_unit_test(based), cmocka_unit_test(based_layers), cmocka_unit_test(based_errors),
-                                       cmocka_unit_test(based_without_channels), cmocka_unit_test(no_heads)};
+                                       cmocka_unit_test(based_without_channels), cmocka_unit_test(based_window_runs), cmocka_unit_test(no_heads)};
     return cmocka_run_group_tests(tests, NULL, NULL);
 }

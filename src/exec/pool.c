@@ -8,8 +8,8 @@
 
 #define PART 2048     /* keys of a part */
 #define DECODE_ROWS 16
-#define FEW_TASKS 8   /* from so many on, dense has work for all threads by itself */
-#define TASK_ROWS 192 /* query rows of one of its tasks */
+#define FEW_TASKS 8   /* from so many on, dense has work for all threads by itself, */
+#define TASK_ROWS 192 /* but packs all keys at once, which from so many query rows on (one of its tasks) is worth it */
 
 /* A view of keys [first, first + count) along an axis. */
 static attn_tensor slice(const attn_tensor *t, int axis, int64_t first, int64_t count)
@@ -51,7 +51,7 @@ static int64_t part_count(const attn_dense_inputs *in)
     int64_t rows = in->q.shape[1] / in->k.shape[1] * in->q.shape[2];
     int64_t tasks = in->q.shape[0] * in->k.shape[1] * attn_ceil_div(rows, TASK_ROWS);
     /* Up to a few rows dense itself splits the keys. */
-    return tasks < FEW_TASKS && rows > DECODE_ROWS ? attn_ceil_div(in->k.shape[2], PART) : 1;
+    return (tasks < FEW_TASKS || rows <= TASK_ROWS) && rows > DECODE_ROWS ? attn_ceil_div(in->k.shape[2], PART) : 1;
 }
 
 /* What each part gives: o [parts][B,H,N,Dv] and lse [parts][B,H,N]; an arena per thread. */

@@ -3,21 +3,43 @@
 
 #include <math.h>
 
+#define NEAR 64
+
+static void turns_of(double position, int64_t count, const double *frequency, double *to)
+{
+    for (int64_t j = 0; j < count; j++) {
+        to[2 * j] = cos(position * frequency[j]);
+        to[2 * j + 1] = sin(position * frequency[j]);
+    }
+}
+
+/* Each position is a multiple of NEAR and a rest: two turns in double, one after the other, instead of a sine and a cosine for each. What
+ * a position gets does not depend on where the table starts. */
 attn_status attn_rope_table(attn_arena *arena, int64_t first, int64_t count, int64_t dim, double base, float **table)
 {
     *table = attn_arena_array(arena, (size_t)(count * dim), sizeof(float));
-    double *frequency = attn_arena_array(arena, (size_t)(dim / 2), sizeof(double));
+    double *frequency = attn_arena_array(arena, (size_t)(dim / 2 + (NEAR + 1) * dim), sizeof(double));
     if (*table == NULL || frequency == NULL) {
         return attn_fail_memory((size_t)(count * dim) * sizeof(float));
     }
     for (int64_t j = 0; j < dim / 2; j++) {
         frequency[j] = pow(base, -2.0 * (double)j / (double)dim);
     }
+    double *far = frequency + dim / 2, *near = far + dim;
+    uint8_t made[NEAR] = {0};
     for (int64_t i = 0; i < count; i++) {
-        for (int64_t j = 0; j < dim / 2; j++) {
-            double angle = (double)(first + i) * frequency[j];
-            (*table)[i * dim + 2 * j] = (float)cos(angle);
-            (*table)[i * dim + 2 * j + 1] = (float)sin(angle);
+        int64_t rest = ((first + i) % NEAR + NEAR) % NEAR;
+        double *own = near + rest * dim;
+        if (i == 0 || rest == 0) {
+            turns_of((double)(first + i - rest), dim / 2, frequency, far);
+        }
+        if (!made[rest]) {
+            turns_of((double)rest, dim / 2, frequency, own);
+            made[rest] = 1;
+        }
+        for (int64_t j = 0; j < dim; j += 2) {
+            (*table)[i * dim + j] = (float)(far[j] * own[j] - far[j + 1] * own[j + 1]);
+            (*table)[i * dim + j + 1] = (float)(far[j] * own[j + 1] + far[j + 1] * own[j]);
         }
     }
     return ATTN_OK;

@@ -1,6 +1,7 @@
 /* Based (arXiv:2402.18668): global linear attention whose weights are the second-order Taylor expansion of exp, exact attention in a tiny
  * window, and gated short convolutions. The state of the linear part is a dial between the recall of attention and the speed of
- * recurrences. exec/linear.h computes it: pairs inside a chunk by their score s as 1 + s + s^2/2, chunks by features.
+ * recurrences. exec/linear.h computes it: pairs inside a chunk by their score s as 1 + s + s^2/2, chunks by features. The window is in
+ * based_window.c.
  */
 #include "exec/linear.h"
 #include "kernel/linear.h"
@@ -9,9 +10,7 @@
 #include "layer/conv.h"
 #include "layer/heads.h"
 #include "layer/linear.h"
-#include "layer/rope.h"
 #include "op/class.h"
-#include <attn/dense.h>
 
 #include <omp.h>
 #include <string.h>
@@ -123,8 +122,8 @@ static double core_flops(const core *c)
 /* ---- based ---- */
 
 typedef struct based_params {
-    int64_t causal, normalize, layout, window, rotary_dim, expand, kernel, heads, feature_dim;
-    double scale, eps, rotary_base;
+    int64_t causal, normalize, layout, expand, kernel, heads, feature_dim;
+    double scale, eps;
 } based_params;
 
 #define CAUSAL_PARAM ATTN_P_BOOL("causal", based_params, causal, "true", "key j is visible to query i only if j <= i + M - N")
@@ -326,131 +325,6 @@ const attn_op_class attn_op_based_decode = {
     .bind = decode_bind,
     .forward = decode_forward,
     .cost = decode_cost,
-};
-
-/* ---- based.window ---- */
-
-static const attn_param_info window_param_table[] = {
-    ATTN_P_INT("window", based_params, window, NULL, 0, INFINITY, "keys before its own that each query sees"),
-    ATTN_P_INT("rotary_dim", based_params, rotary_dim, "0", 0, INFINITY, "channels that are rotated; even, at most D; 0: none"),
-    ATTN_P_FLOAT_OPEN("rotary_base", based_params, rotary_base, "10000", 0, 1, INFINITY, 0, "base of the rotary angles"),
-    ATTN_P_SCALE_POSITIVE(based_params, scale),
-};
-
-static const attn_port_info window_ports[] = {
-    ATTN_IN("q", "B,H,N,D", FLOAT, ATTN_PORT_DIFF, "queries, not rotated"),
-    ATTN_IN("k", "B,Hkv,M,D", FLOAT, ATTN_PORT_DIFF, "keys, not rotated"),
-    ATTN_IN("v", "B,Hkv,M,Dv", FLOAT, ATTN_PORT_DIFF, "values"),
-    ATTN_OUT("o", "B,H,N,Dv", FLOAT, ATTN_PORT_DIFF, "the attention output"),
-};
-
-static attn_status window_bind(attn_call *call)
-{
-    const based_params *p = call->params;
-    if (p->rotary_dim % 2 != 0 || p->rotary_dim > attn_dim(call, "D")) {
-        return attn_fail(ATTN_ERR_ARGUMENT, "rotary_dim = %lld, expected an even number up to D = %lld", (long long)p->rotary_dim,
-                         (long long)attn_dim(call, "D"));
-    }
-    return ATTN_OK;
-}
-
-/* Rows [rows of `count` tokens] rotated by position first + token, into `to` (which may be `from`), or back. */
-static attn_status rotate(attn_call *call, int64_t heads, int64_t count, int64_t first, int inverse, const float *from, float *to)
-{
-    const based_params *p = call->params;
-    int64_t d = attn_dim(call, "D");
-    float *table = NULL;
-    ATTN_TRY(attn_rope_table(call->arena, first, count, p->rotary_dim, p->rotary_base, &table));
-    if (to != from) {
-        memcpy(to, from, (size_t)(heads * count * d) * sizeof *to);
-    }
-#pragma omp parallel for schedule(static) num_threads(call->threads) if (call->threads > 1)
-    for (int64_t r = 0; r < heads * count; r++) {
-        attn_rope_apply(table + r % count * p->rotary_dim, p->rotary_dim, 0, inverse, to + r * d);
-    }
-    return ATTN_OK;
-}
-
-typedef struct window_work {
-    float *q, *k;
-    attn_dense_settings settings;
-    attn_dense_inputs in;
-} window_work;
-
-static attn_status window_setup(attn_call *call, window_work *w)
-{
-    const based_params *p = call->params;
-    int64_t n = attn_dim(call, "N"), m = attn_dim(call, "M"), batch = attn_dim(call, "B");
-    *w = (window_work){.q = attn_f32(call->t[Q]), .k = attn_f32(call->t[K])};
-    if (p->rotary_dim > 0) {
-        ATTN_TRY(attn_take_f32(call, attn_tensor_count(call->t[Q]), &w->q));
-        ATTN_TRY(attn_take_f32(call, attn_tensor_count(call->t[K]), &w->k));
-        ATTN_TRY(rotate(call, batch * attn_dim(call, "H"), n, m - n, 0, attn_f32(call->t[Q]), w->q));
-        ATTN_TRY(rotate(call, batch * attn_dim(call, "Hkv"), m, 0, 0, attn_f32(call->t[K]), w->k));
-    }
-    attn_dense_defaults(&w->settings);
-    w->settings.causal = 1;
-    w->settings.window[0] = p->window;
-    w->settings.scale = p->scale;
-    w->in = (attn_dense_inputs){.q = attn_tensor_make(w->q, ATTN_F32, 4, call->t[Q]->shape),
-                                .k = attn_tensor_make(w->k, ATTN_F32, 4, call->t[K]->shape), .v = *call->t[V]};
-    return ATTN_OK;
-}
-
-static attn_status window_forward(attn_call *call)
-{
-    window_work w;
-    ATTN_TRY(window_setup(call, &w));
-    return attn_dense_forward(&w.settings, &w.in, call->t[O], NULL, &(attn_exec){.threads = call->threads, .arena = call->arena});
-}
-
-static attn_status window_backward(attn_call *call)
-{
-    window_work w;
-    float *lse_data;
-    int64_t n = attn_dim(call, "N"), m = attn_dim(call, "M"), batch = attn_dim(call, "B"), heads = attn_dim(call, "H");
-    const based_params *p = call->params;
-    attn_exec exec = {.threads = call->threads, .arena = call->arena};
-    ATTN_TRY(window_setup(call, &w));
-    ATTN_TRY(attn_take_f32(call, batch * heads * n, &lse_data));
-    attn_tensor lse = attn_tensor_make(lse_data, ATTN_F32, 3, (int64_t[]){batch, heads, n});
-    ATTN_TRY(attn_dense_forward(&w.settings, &w.in, call->t[O], &lse, &exec));
-    attn_dense_gradients to = {.q = call->grad[Q], .k = call->grad[K], .v = call->grad[V]};
-    ATTN_TRY(attn_dense_backward(&w.settings, &w.in, call->t[O], &lse, call->grad[O], &to, &exec));
-    if (p->rotary_dim > 0 && call->grad[Q] != NULL) {
-        ATTN_TRY(rotate(call, batch * heads, n, m - n, 1, attn_f32(call->grad[Q]), attn_f32(call->grad[Q])));
-    }
-    if (p->rotary_dim > 0 && call->grad[K] != NULL) {
-        ATTN_TRY(rotate(call, batch * attn_dim(call, "Hkv"), m, 0, 1, attn_f32(call->grad[K]), attn_f32(call->grad[K])));
-    }
-    return ATTN_OK;
-}
-
-static attn_status window_cost(attn_call *call, attn_cost *cost)
-{
-    const based_params *p = call->params;
-    int64_t n = attn_dim(call, "N"), m = attn_dim(call, "M");
-    double pairs = 0;
-    for (int64_t i = m - n; i < m; i++) {
-        pairs += i >= 0 ? (double)attn_min_i64(i, p->window) + 1 : 0;
-    }
-    cost->pairs = pairs * (double)(attn_dim(call, "B") * attn_dim(call, "H"));
-    cost->flops = 2 * cost->pairs * (double)(attn_dim(call, "D") + attn_dim(call, "Dv"));
-    return ATTN_OK;
-}
-
-const attn_op_class attn_op_based_window = {
-    .info = {.name = "based.window",
-             .title = "Based: exact attention in a small window, with rotary positions",
-             .summary = "Softmax attention to the token itself and `window` tokens before it, with rotary positions: the local half of Based.",
-             .paper = PAPER,
-             .differentiable = 1,
-             ATTN_TABLE(window_param_table, window_ports)},
-    .params_size = sizeof(based_params),
-    .bind = window_bind,
-    .forward = window_forward,
-    .backward = window_backward,
-    .cost = window_cost,
 };
 
 /* ---- based.conv ---- */
