@@ -118,7 +118,8 @@ static attn_status take_positions(char *spec, int *renumber)
         size_t bytes = strcspn(value, ",");
         *renumber = bytes == 5 && strncmp(value, "cache", 5) == 0;
         if (!*renumber && !(bytes == 8 && strncmp(value, "original", 8) == 0)) {
-            return attn_fail(ATTN_ERR_ARGUMENT, "streaming: positions is '%.*s', expected original or cache", (int)attn_min_i64((int64_t)bytes, 40), value);
+            return attn_fail(ATTN_ERR_ARGUMENT, "streaming: positions is '%.*s', expected original or cache",
+                             (int)attn_min_i64((int64_t)bytes, 40), value);
         }
         if (value[bytes] == ',') {
             memmove(item, value + bytes + 1, strlen(value + bytes + 1) + 1);

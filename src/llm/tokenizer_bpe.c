@@ -73,7 +73,8 @@ attn_status bpe_patterns(attn_tokenizer *t, const char *pre)
     }
     pcre2_general_context *general = pcre2_general_context_create(pattern_alloc, pattern_free, NULL);
     pcre2_compile_context *context = general != NULL ? pcre2_compile_context_create(general) : NULL;
-    attn_status status = context != NULL ? compile(t, found->patterns, context) : attn_fail(ATTN_ERR_MEMORY, "out of memory (pre-tokenizer)");
+    attn_status status = context != NULL ? compile(t, found->patterns, context)
+                                         : attn_fail(ATTN_ERR_MEMORY, "out of memory (pre-tokenizer)");
     pcre2_compile_context_free(context);
     pcre2_general_context_free(general);
     return status;
