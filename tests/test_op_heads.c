@@ -249,6 +249,45 @@ static void test_retrieval_any_scale(void **state)
     free_inputs(&c);
 }
 
+/* Whole numbers, so that many scores are equal: the lower position comes first. */
+static void test_retrieval_ties(void **state)
+{
+    (void)state;
+    enum { S = 4, P = 1100, M = P + S - 1, D = 3, K = 5 };
+    opcheck_case c = {.seed = 10};
+    float *q = opcheck_input(&c, "q", SHAPE(1, 2, S, D)), *k = opcheck_input(&c, "k", SHAPE(1, 1, M, D));
+    opcheck_whole(&c, "prompt", SHAPE(P), 0, 9);
+    opcheck_whole(&c, "generated", SHAPE(S), 0, 9);
+    for (int i = 0; i < 2 * S * D; i++) {
+        q[i] = rintf(q[i]);
+    }
+    for (int i = 0; i < M * D; i++) {
+        k[i] = rintf(k[i]);
+    }
+    int64_t top[2 * S * K];
+    output_of("retrieval_head:needle_start=0,needle_end=9,top_k=5", &c, "top", attn_tensor_make(top, ATTN_I64, SHAPE(1, 2, S, K)));
+    for (int row = 0; row < 2 * S; row++) {
+        char taken[M] = {0};
+        for (int i = 0; i < K; i++) {
+            int best = -1;
+            float most = -INFINITY;
+            for (int j = 0; j < P + row % S; j++) {
+                const float *x = q + row * D, *y = k + j * D;
+                float score = x[0] * y[0] + x[1] * y[1] + x[2] * y[2];
+                if (!taken[j] && score > most) {
+                    best = j;
+                    most = score;
+                }
+            }
+            taken[best] = 1;
+            if (top[row * K + i] != best) {
+                fail_msg("row %d: position %lld at place %d, expected %d", row, (long long)top[row * K + i], i, best);
+            }
+        }
+    }
+    free_inputs(&c);
+}
+
 /* Heads in and out of step with the groups that share keys. */
 static void test_masked_heads(void **state)
 {
@@ -375,7 +414,7 @@ int main(void)
         cmocka_unit_test(test_softpag_gradients), cmocka_unit_test(test_softpag_paths_meet), cmocka_unit_test(test_softpag_errors),
         cmocka_unit_test(test_mrsa_gradients),    cmocka_unit_test(test_mrsa_errors),        cmocka_unit_test(test_disendiff_gradients),
         cmocka_unit_test(test_disendiff_errors),  cmocka_unit_test(test_retrieval_errors),   cmocka_unit_test(test_retrieval_many_steps),
-        cmocka_unit_test(test_retrieval_any_scale), cmocka_unit_test(test_masked_heads), cmocka_unit_test(test_softpag_sweeps),
+        cmocka_unit_test(test_retrieval_any_scale), cmocka_unit_test(test_retrieval_ties), cmocka_unit_test(test_masked_heads), cmocka_unit_test(test_softpag_sweeps),
         cmocka_unit_test(test_softpag_of_nothing), cmocka_unit_test(test_embed_checks_ids),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);

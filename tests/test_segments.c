@@ -171,7 +171,7 @@ static void test_hook(void **state)
     attn_random_seed(&random, 9);
     float *k = normal(&random, 700 * 2), *v = normal(&random, 700 * 2), q[3 * 2] = {1, 0, 0, 1, 1, 1}, o[3 * 2];
     attn_segment lists[] = {{.keys = 700, .k = k, .v = v}, {.keys = 5, .k = k, .v = v}};
-    attn_segments s = {1, 1, 1, 3, 2, 2, 0.69314718055994531, q, 2, lists, see, NULL}; /* base 2: q.k itself */
+    attn_segments s = {1, 1, 1, 3, 2, 2, ATTN_SEGMENTS_UNSCALED, q, 2, lists, see, NULL};
     attn_arena *arena;
     assert_int_equal(attn_arena_create(&arena, 0), ATTN_OK);
     for (int with = 0; with < 2; with++) {

@@ -110,7 +110,8 @@ static void attend_segment(const problem *p, worker *w, int64_t row, int64_t row
     const attn_segments *s = p->s;
     const attn_segment *g = &s->segments[segment];
     int64_t b = pair / s->kv_heads, h = pair % s->kv_heads;
-    const float *k = g->k + b * g->k_stride[0] + h * g->k_stride[1], *v = g->v + b * g->v_stride[0] + h * g->v_stride[1];
+    const float *k = g->k + b * g->k_stride[0] + h * g->k_stride[1];
+    const float *v = p->o != NULL ? g->v + b * g->v_stride[0] + h * g->v_stride[1] : NULL;
     memset(w->l, 0, (size_t)rows * sizeof *w->l);
     for (int64_t first = 0; first < g->keys; first += BLOCK_K) {
         int64_t keys = attn_min_i64(BLOCK_K, g->keys - first);

@@ -31,6 +31,28 @@ typedef struct attn_segments {
     void *user;
 } attn_segments;
 
+/* A scale that leaves q.k as it is: natural for orders, which rounding must not change. */
+#define ATTN_SEGMENTS_UNSCALED 0.69314718055994530942
+
+/* For hooks: the first of some scores above a value; `count` when there is none. */
+static inline int64_t attn_segment_next_above(const float *scores, int64_t count, float value)
+{
+    enum { LANES = 16 };
+    int64_t j = 0;
+    for (int above = 0; j + LANES <= count; j += LANES) {
+        for (int i = 0; i < LANES; i++) {
+            above |= scores[j + i] > value;
+        }
+        if (above) {
+            break;
+        }
+    }
+    while (j < count && !(scores[j] > value)) {
+        j++;
+    }
+    return j;
+}
+
 /* o [batch,heads,n,dv], lse [batch,heads,n], shares [batch,heads,n,count]: each may be NULL; without all three
  * the scores are shown to the hook and no more. A query without any key gets 0, -inf and 0. ATTN_ERR_MEMORY. */
 attn_status attn_segments_forward(const attn_segments *s, float *o, float *lse, float *shares, attn_arena *arena, int threads);

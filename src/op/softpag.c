@@ -199,29 +199,10 @@ typedef struct strongest {
 
 static void see_strongest(void *user, float *scores, int64_t row, int64_t segment, int64_t first, int64_t keys)
 {
-    enum { LANES = 16 };
     strongest *x = user;
-    float lane[LANES], top = -INFINITY;
-    int64_t j = 0;
     (void)segment;
-    for (int i = 0; i < LANES; i++) {
-        lane[i] = -INFINITY;
-    }
-    for (; j + LANES <= keys; j += LANES) {
-        for (int i = 0; i < LANES; i++) {
-            lane[i] = scores[j + i] > lane[i] ? scores[j + i] : lane[i];
-        }
-    }
-    for (int i = 0; i < LANES; i++) {
-        top = lane[i] > top ? lane[i] : top;
-    }
-    for (; j < keys; j++) {
-        top = scores[j] > top ? scores[j] : top;
-    }
-    if (top > x->top[row]) {
-        for (j = 0; scores[j] != top; j++) {
-        }
-        x->top[row] = top;
+    for (int64_t j = 0; (j += attn_segment_next_above(scores + j, keys - j, x->top[row])) < keys;) {
+        x->top[row] = scores[j];
         x->key[row] = first + j;
     }
 }
@@ -237,7 +218,7 @@ static attn_status find_strongest(attn_call *call, const head *x, int64_t **keys
         user.key[i] = 0;
     }
     *keys = user.key;
-    return sweep(call, x, ATTN_LN2, see_strongest, &user, NULL, NULL); /* the order of q.k itself: rounding must not break ties */
+    return sweep(call, x, ATTN_SEGMENTS_UNSCALED, see_strongest, &user, NULL, NULL);
 }
 
 /* Scores on the log-linear path, in base 2. */
