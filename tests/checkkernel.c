@@ -341,6 +341,11 @@ static void check_rows(void)
         k->rotate(r, half, c, sn), s->rotate(r2, half, c, sn);
         same("rotate", r, r2, 2 * half, 1e-6);
         int8_t *q = memory((size_t)n), *q2 = memory((size_t)n);
+        a = copy(x, n), b = copy(x, n);
+        k->hadamard(a, n), s->hadamard(b, n);
+        same("hadamard", a, b, n, 2e-6);
+        k->hadamard(a, n);
+        same("hadamard twice", a, x, n, 2e-6);
         float f = k->to_i8(x, n, q), f2 = s->to_i8(x, n, q2);
         for (int64_t j = 0; j < n; j++) {
             a[j] = (float)q[j] * f, b[j] = (float)q2[j] * f2;

@@ -122,7 +122,8 @@ typedef struct attn_llm_call {
     int64_t position;         /* of the first query */
     attn_tensor q;            /* f32 [heads, N, D]; heads / kv_heads consecutive ones share a key head */
     attn_tensor k, v;         /* [kv_heads, T, D] in the cache's type; T is the largest of key_counts */
-    attn_tensor k_scale, v_scale; /* f32 [kv_heads, T] when the cache is int8 */
+    attn_tensor k_scale, v_scale; /* f32 [kv_heads, T] when the cache is int8; q, k, v and o are then rows times one orthonormal matrix,
+                                   * which scores and sums of values do not notice */
     const int64_t *key_counts;    /* [kv_heads]: keys that each head holds */
     const int64_t *const *key_positions; /* [kv_heads][key_counts]; NULL: consecutive, ending with the last query */
     attn_tensor o;            /* f32 [heads, N, D], to be filled */

@@ -119,5 +119,24 @@ static float to_i8(const float *x, int64_t n, int8_t *out)
     return most / 127.0f;
 }
 
+static void hadamard(float *x, int64_t n)
+{
+    int64_t block = n & -n;
+    float factor = 1 / sqrtf((float)block);
+    for (int64_t i = 0; i < n; i++) {
+        x[i] *= factor;
+    }
+    for (int64_t half = 1; half < block; half *= 2) {
+        for (int64_t first = 0; first < n; first += 2 * half) {
+            float *a = x + first, *b = a + half;
+            for (int64_t i = 0; i < half; i++) {
+                float sum = a[i] + b[i], difference = a[i] - b[i];
+                a[i] = sum;
+                b[i] = difference;
+            }
+        }
+    }
+}
+
 const attn_row_kernels ATTN_K(attn_row_kernels_table) = {rms_norm, rotate, add, scale, silu_gate, gelu_gate,
-                                                        to_f16, to_bf16, to_i8};
+                                                        to_f16, to_bf16, to_i8, hadamard};

@@ -20,6 +20,8 @@ typedef struct attn_row_kernels {
     void (*to_bf16)(const float *x, int64_t n, uint16_t *out);
     /* out * (the result) = x, out in -127 ... 127 */
     float (*to_i8)(const float *x, int64_t n, int8_t *out);
+    /* x times an orthonormal Hadamard matrix, which is its own inverse, in blocks of the largest power of two that divides n. */
+    void (*hadamard)(float *x, int64_t n);
 } attn_row_kernels;
 
 ATTN_KERNEL_TABLES(attn_row_kernels, attn_row_kernels_table);

@@ -312,6 +312,17 @@ static void finish_heads(const worker *w, float *x, int64_t heads, const float *
     }
 }
 
+/* int8 rounds to 1/127 of a row's largest number, and single channels of keys are far larger than the rest: the cache holds rows that a
+ * Hadamard matrix has spread over all channels (arXiv:2404.00456), where no channel stands out. Queries are turned alike, which leaves
+ * the scores as they are, and the mixed values back. */
+static void spread(const attn_context *c, float *x, int64_t heads)
+{
+    int64_t width = c->model->info.head_width;
+    for (int64_t h = 0; h < heads && c->settings.cache == ATTN_I8; h++) {
+        kernels()->hadamard(x + h * width, width);
+    }
+}
+
 /* x to rotated queries, and keys and values in the cache. */
 static void before_attention(const worker *w)
 {
@@ -331,6 +342,9 @@ static void before_attention(const worker *w)
         if (l->v_bias != NULL) {
             kernels()->add(v, l->v_bias, k_width);
         }
+        spread(c, q + r * q_width, info->heads);
+        spread(c, k, info->kv_heads);
+        spread(c, v, info->kv_heads);
         attn_kv *kv = cache_of(c, token->sequence, w->layer_index);
         for (int64_t g = 0; g < info->kv_heads; g++) {
             attn_kv_store(kv, g, token->position, k + g * info->head_width, v + g * info->head_width);
@@ -347,6 +361,7 @@ static void after_attention(const worker *w)
     const attn_quant_product out = {&l->out, c->h, info->width}, down = {&l->down, c->h, info->width};
     const attn_quant_product hidden[] = {{&l->gate, c->gate, info->hidden}, {&l->up, c->up, info->hidden}};
     EACH_ROW(w, r) {
+        spread(c, c->mixed + (w->begin + r) * info->heads * info->head_width, info->heads);
         attn_quant_input_row(&c->in_heads, r);
     }
 #pragma omp barrier
