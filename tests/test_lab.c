@@ -46,7 +46,7 @@ static void test_unknown(void **state)
     (void)state;
     attn_lab_result result;
     assert_int_equal(attn_lab_run("nothing", NULL, &result), ATTN_ERR_ARGUMENT);
-    assert_non_null(strstr(attn_last_error(), "there is no experiment 'nothing', expected one of agent, based"));
+    assert_non_null(strstr(attn_last_error(), "there is no experiment 'nothing', expected one of agent, bam, based"));
 }
 
 int main(void)

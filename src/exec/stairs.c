@@ -118,9 +118,9 @@ static void pack_keys(const stairs_problem *p, const stairs_group *group, int64_
 attn_status attn_stairs_prepare(stairs_problem *p, const attn_stairs *s, int backward, attn_arena *arena, int threads)
 {
     const attn_tile_kernels *kernels = attn_tile_kernels_get();
-    *p = (stairs_problem){.stairs = s, .kernels = kernels, .decode = attn_decode_kernels_get(), .d = s->d, .dv = s->dv, .d_pad = stairs_up(s->d, kernels->vw),
-                          .dv_pad = stairs_up(s->dv, kernels->vw), .keys = s->keys, .keys_pad = stairs_up(s->keys, kernels->nr),
-                          .factor = (float)(s->scale * ATTN_LOG2E)};
+    *p = (stairs_problem){.stairs = s, .kernels = kernels, .decode = attn_decode_kernels_get(), .d = s->d, .dv = s->dv,
+                          .d_pad = stairs_up(s->d, kernels->vw), .dv_pad = stairs_up(s->dv, kernels->vw), .keys = s->keys,
+                          .keys_pad = stairs_up(s->keys, kernels->nr), .factor = (float)(s->scale * ATTN_LOG2E)};
     p->groups = attn_arena_array(arena, (size_t)s->head_count, sizeof *p->groups);
     p->tables = attn_arena_array(arena, (size_t)s->head_count, sizeof *p->tables);
     p->table = attn_arena_array(arena, (size_t)s->head_count, sizeof *p->table);

@@ -47,8 +47,8 @@ static void relative_gradients(const backward_state *b, back_worker *w, int64_t 
         }
         if (g->rel_q != NULL) {
             for (int64_t j = low; j < high; j++) {
-                attn_stairs_pad(p->kernels, w->rel + (j - low) * p->d_pad, head->rel_emb + (begin + j) * head->rel_stride, 1, p->d, p->d_pad,
-                         (float)p->stairs->scale);
+                attn_stairs_pad(p->kernels, w->rel + (j - low) * p->d_pad, head->rel_emb + (begin + j) * head->rel_stride, 1, p->d,
+                                p->d_pad, (float)p->stairs->scale);
             }
             p->kernels->product(rows, p->d, high - low, w->slice + low, width, 1, w->rel, p->d_pad, p->kernels->nr,
                                 g->rel_q + (first + r) * p->d, p->d, 1);

@@ -6,7 +6,7 @@
 #include <string.h>
 #include <time.h>
 
-#define EXPERIMENTS(X) X(agent) X(based) X(disendiff) X(lightning) X(moh) X(mrsa) X(rat) X(retrieval_head) X(softpag) X(tnl)
+#define EXPERIMENTS(X) X(agent) X(bam) X(based) X(disendiff) X(lightning) X(moh) X(mrsa) X(rat) X(rcmha) X(retrieval_head) X(softpag) X(tnl)
 
 #define X(name) extern const attn_lab_class attn_lab_##name;
 EXPERIMENTS(X)
@@ -160,6 +160,31 @@ attn_cost lab_cost(lab *l, const char *spec, const attn_named_tensor *in, int in
     }
     attn_op_destroy(op);
     return cost;
+}
+
+double lab_memory(lab *l, const char *spec, const attn_named_tensor *in, int in_count, const char *names)
+{
+    attn_op *op = NULL;
+    attn_arena *arena = NULL, *scratch = NULL;
+    attn_named_tensor out[MOST_PORTS];
+    double bytes = 0;
+    if (l->status == ATTN_OK) {
+        lab_check(l, attn_op_create(&op, spec));
+        lab_check(l, attn_arena_create(&arena, 0));
+        lab_check(l, attn_arena_create(&scratch, 0));
+    }
+    if (l->status == ATTN_OK) {
+        int count = make_outputs(l, arena, op, in, in_count, names, out);
+        attn_exec exec = {.threads = l->settings->threads, .arena = scratch};
+        if (l->status == ATTN_OK) {
+            l->status = attn_op_forward(op, in, in_count, out, count, &exec);
+        }
+        bytes = (double)attn_arena_capacity(scratch); /* one block of what was in use at most */
+    }
+    attn_arena_destroy(arena);
+    attn_arena_destroy(scratch);
+    attn_op_destroy(op);
+    return bytes;
 }
 
 static double now(void)

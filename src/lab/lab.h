@@ -43,6 +43,9 @@ double lab_seconds(lab *l, const char *spec, const attn_named_tensor *in, int in
 /* (query, key) pairs, or flops when pairs mean nothing, by the mechanism's own account. */
 attn_cost lab_cost(lab *l, const char *spec, const attn_named_tensor *in, int in_count);
 
+/* Bytes of scratch memory that a call for the outputs in `names` has in use at most. */
+double lab_memory(lab *l, const char *spec, const attn_named_tensor *in, int in_count, const char *names);
+
 /* |a - b| / |b| over all elements (Euclidean). */
 double lab_distance(const lab *l, const attn_tensor *a, const attn_tensor *b);
 
