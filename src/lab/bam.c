@@ -107,8 +107,8 @@ static void operations(lab *l)
                                   LAB_LIST({"x", x}, {"w_router", router}, {"w_q", w}, {"w_k", w}, {"w_v", w}, {"w_o", w}));
         each[i] = cost.flops / M - 4.0 * (double)experts * C;
     }
-    lab_claim(l, each[0] == 35651584 && each[1] == 8912896, "operations per token and layer at 256 keys: 35,651,584, four times those of one expert",
-              "%.0f and %.0f", each[0], each[1]);
+    lab_claim(l, each[0] == 35651584 && each[1] == 8912896,
+              "operations per token and layer at 256 keys: 35,651,584, four times those of one expert", "%.0f and %.0f", each[0], each[1]);
 }
 
 /* Parameters of a model of 6 such blocks, from the shapes that bam.upcycle gives. */

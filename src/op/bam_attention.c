@@ -73,7 +73,8 @@ static attn_status project_token(attn_call *call, const bam_moa *m, int64_t t, c
     float *rows;
     ATTN_TRY(attn_take_f32(call, heads * size, &rows));
     for (int64_t b = 0; b < m->batch; b++) {
-        ATTN_TRY(attn_linear_forward(call->arena, call->threads, 1, m->width, heads * size, m->x + (b * m->n + t) * m->width, w, NULL, rows));
+        const float *x = m->x + (b * m->n + t) * m->width;
+        ATTN_TRY(attn_linear_forward(call->arena, call->threads, 1, m->width, heads * size, x, w, NULL, rows));
         for (int64_t h = 0; h < heads; h++) {
             float *place = to + ((b * heads + h) * m->n + t) * size;
             memcpy(place, rows + h * size, (size_t)size * sizeof *rows);
@@ -205,21 +206,23 @@ attn_status attn_bam_moa_forward(attn_call *call, bam_moa *m, float *y)
 }
 
 /* grad_k or grad_v in their place [batch][sets][Hkv][n][size] back through the projection. */
-static attn_status keys_back(attn_call *call, const bam_moa *m, const float *w, int64_t size, const float *grad, float *grad_x, float *grad_w)
+static attn_status keys_back(attn_call *call, const bam_moa *m, const float *w, int64_t size, const float *grad, float *grad_x,
+                             float *grad_w)
 {
     attn_head_rows heads = key_heads(m, size);
     float *rows;
     ATTN_TRY(attn_take_f32(call, m->batch * m->n * heads.width, &rows));
     attn_heads_join(&heads, call->threads, grad, rows);
-    return attn_linear_backward_add(call->arena, call->threads, m->batch * m->n, m->width, heads.width, m->x, w, rows, grad_x, grad_w, NULL);
+    return attn_linear_backward_add(call->arena, call->threads, m->batch * m->n, m->width, heads.width, m->x, w, rows, grad_x, grad_w,
+                                    NULL);
 }
 
 /* A gradient's part that belongs to expert e; NULL when it is not wanted. */
 static float *part_of(const attn_tensor *grad, int64_t e, int64_t size) { return grad != NULL ? attn_f32(grad) + e * size : NULL; }
 
 /* The output projection of all experts: to grad_o (like o), w_o, and the logits' share from the gates. */
-static attn_status outputs_back(attn_call *call, const bam_moa *m, const float *grad_y, const float *grad_gates, float *grad_o, float *logits,
-                                const attn_tensor *grad_w)
+static attn_status outputs_back(attn_call *call, const bam_moa *m, const float *grad_y, const float *grad_gates, float *grad_o,
+                                float *logits, const attn_tensor *grad_w)
 {
     const bam_choice *r = &m->route;
     int64_t tokens = r->tokens, size = m->p->heads * m->dv;

@@ -279,14 +279,15 @@ static attn_status stream_back(attn_call *call, const layer *x, int s, float *gr
         ATTN_TRY(attn_take_f32(call, x->batch * tokens * x->width, &part));
     }
     place(call, x, y->length, 0, tokens, rows, grad, 1);
-    ATTN_TRY(attn_linear_backward(call->arena, call->threads, x->batch * tokens, x->width, size, y->mem, attn_f32(call->t[W + s]), rows, part,
-                                  attn_f32(call->grad[W + s]), attn_f32(call->grad[B + s])));
+    const float *w = attn_f32(call->t[W + s]);
+    float *grad_w = attn_f32(call->grad[W + s]), *grad_b = attn_f32(call->grad[B + s]);
+    ATTN_TRY(attn_linear_backward(call->arena, call->threads, x->batch * tokens, x->width, size, y->mem, w, rows, part, grad_w, grad_b));
     for (int64_t b = 0; b < x->batch && part != NULL; b++) {
         attn_add_f32(call->threads, tokens * x->width, grad_mem + (b * x->memory + y->first) * x->width, part + b * tokens * x->width);
     }
     place(call, x, y->length, tokens, x->n, rows, grad, 1);
-    return attn_linear_backward_add(call->arena, call->threads, x->batch * x->n, x->width, size, attn_f32(call->t[X]), attn_f32(call->t[W + s]),
-                                    rows, attn_f32(call->grad[X]), attn_f32(call->grad[W + s]), attn_f32(call->grad[B + s]));
+    return attn_linear_backward_add(call->arena, call->threads, x->batch * x->n, x->width, size, attn_f32(call->t[X]), w, rows,
+                                    attn_f32(call->grad[X]), grad_w, grad_b);
 }
 
 static attn_status rcmha_backward(attn_call *call)

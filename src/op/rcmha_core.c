@@ -15,8 +15,9 @@ attn_status attn_rcmha_core_forward(attn_call *call, rcmha_core *x)
     }
     for (int64_t bh = 0; bh < all; bh++) {
         int64_t h = bh % x->heads, kv = bh / x->heads * x->kv_heads + h / group;
-        list[bh] = (attn_stairs_head){.rows = x->n, .kv = kv, .q = x->q + bh * x->q_stride * x->d, .end = end, .k = x->k + kv * x->k_stride * x->d,
-                                      .v = x->v + kv * x->k_stride * x->dv, .o = x->o + bh * x->n * x->dv, .lse = x->lse + bh * x->n,
+        list[bh] = (attn_stairs_head){.rows = x->n, .kv = kv, .q = x->q + bh * x->q_stride * x->d, .end = end,
+                                      .k = x->k + kv * x->k_stride * x->d, .v = x->v + kv * x->k_stride * x->dv,
+                                      .o = x->o + bh * x->n * x->dv, .lse = x->lse + bh * x->n,
                                       .q_bias = x->q_bias != NULL ? x->q_bias + h * x->d : NULL};
         if (x->rel_emb != NULL) {
             list[bh].rel_emb = x->rel_emb + h * x->d;
