@@ -9,6 +9,7 @@
 #include "kernel/linear.h"
 #include "kernel/quant.h"
 #include "kernel/rows.h"
+#include "kernel/scan.h"
 #include "kernel/tile.h"
 #include "tensor/half.h"
 
@@ -340,6 +341,13 @@ static void check_rows(void)
         float *r = floats(2 * half, 1), *r2 = copy(r, 2 * half), *c = floats(half, 1), *sn = floats(half, 1);
         k->rotate(r, half, c, sn), s->rotate(r2, half, c, sn);
         same("rotate", r, r2, 2 * half, 1e-6);
+        for (int f = ATTN_ROW_SIGMOID; f <= ATTN_ROW_ELU1; f++) {
+            float *wide = floats(n, 20), *o = floats(n, 1), *o2 = floats(n, 1);
+            k->function((attn_row_function)f, wide, NULL, n, o), s->function((attn_row_function)f, wide, NULL, n, o2);
+            same("function", o, o2, n, 1e-6);
+            k->function((attn_row_function)f, wide, w, n, o), s->function((attn_row_function)f, wide, w, n, o2);
+            same("function's slope", o, o2, n, 1e-5);
+        }
         int8_t *q = memory((size_t)n), *q2 = memory((size_t)n);
         a = copy(x, n), b = copy(x, n);
         k->hadamard(a, n), s->hadamard(b, n);
@@ -351,6 +359,37 @@ static void check_rows(void)
             a[j] = (float)q[j] * f, b[j] = (float)q2[j] * f2;
         }
         same("to_i8", a, b, n, 1.0 / 127); /* a tie may round either way */
+        release();
+    }
+}
+
+/* ---- scan ---- */
+
+static void check_scan(void)
+{
+    const attn_scan_kernels *k = ATTN_KERNEL_SELECT(attn_scan_kernels_table, level);
+    const attn_scan_kernels *s = ATTN_KERNEL_SELECT(attn_scan_kernels_table, ATTN_ISA_LEVEL_SCALAR);
+    for (int i = 0; i < 100; i++) {
+        int64_t n = draw(1, 40), channels = draw(1, 70), states = draw(1, 20), ld = channels + draw(0, 9), size = n * ld;
+        int rates = draw(0, 1) != 0, plain = !rates && draw(0, 1) != 0;
+        float *o = floats(size, 1), *o2 = copy(o, size), *h = floats(states * channels, 1), *h2 = copy(h, states * channels);
+        attn_scan x = {.n = n, .channels = channels, .states = states, .ld = ld, .ld_gain = ld, .v = floats(size, 1),
+                       .gain = rates || draw(0, 1) ? floats(size, 0.9) : NULL, .lam = rates ? NULL : floats(size, 0.9),
+                       .rate = floats(states * channels, 1), .b = plain ? NULL : floats(n * states, 1),
+                       .c = plain ? NULL : floats(n * states, 1), .skip = draw(0, 1) ? floats(channels, 1) : NULL, .h = h, .o = o};
+        k->scan(&x);
+        x.h = h2, x.o = o2;
+        s->scan(&x);
+        same("scan", o, o2, size, 1e-5);
+        same("scan's state", h, h2, states * channels, 1e-5);
+        float *before = draw(0, 1) ? floats(channels, 1) : NULL, *g = floats(size, 1);
+        k->average(n, channels, ld, x.v, g, before, o), s->average(n, channels, ld, x.v, g, before, o2);
+        same("average", o, o2, size, 1e-5);
+        float *a = floats(size, 1), *a2 = copy(a, size), *gx = floats(size, 1), *gx2 = copy(gx, size), *gg = floats(size, 1), *gg2 = copy(gg, size);
+        int add = draw(0, 1) != 0;
+        k->average_back(n, channels, x.v, g, before, o, a, gx, gg, add), s->average_back(n, channels, x.v, g, before, o, a2, gx2, gg2, add);
+        same("average back", gx, gx2, n * channels, 1e-5);
+        same("average back, gates", gg, gg2, n * channels, 1e-5);
         release();
     }
 }
@@ -461,7 +500,8 @@ static void check_quant(void)
 static const struct {
     const char *name;
     void (*check)(void);
-} families[] = {{"tile", check_tile}, {"decode", check_decode}, {"rows", check_rows}, {"linear", check_linear}, {"quant", check_quant}};
+} families[] = {{"tile", check_tile}, {"decode", check_decode}, {"rows", check_rows}, {"scan", check_scan}, {"linear", check_linear},
+              {"quant", check_quant}};
 
 int main(int argc, char **argv)
 {

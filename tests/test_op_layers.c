@@ -334,9 +334,7 @@ static void test_dsf(void **state)
         opcheck_input(&f, "x", SHAPE(2, 6, 4));
         opcheck_input(&f, "w_gates", SHAPE(12, 4));
         opcheck_input(&f, "b_gates", SHAPE(12));
-        if (reversed) {
-            opcheck_uniform(&f, "alpha", SHAPE(1), 0.5, 1.5);
-        }
+        opcheck_uniform(&f, "alpha", SHAPE(1), 0.5, 1.5); /* without effect on the plain form */
         opcheck_input(&f, "h0", SHAPE(2, 4));
         opcheck_run(&f, 3e-2);
     }

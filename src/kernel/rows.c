@@ -84,6 +84,54 @@ static void gelu_gate(float *gate, const float *up, int64_t n)
     }
 }
 
+/* log(1 + e) for e in [0, 1], as 2 artanh(e / (2 + e)): relatively exact for small e too. */
+VINLINE vf v_log1p(vf e)
+{
+    vf z = v_div(e, v_add(v_set1(2.0f), e)), y = v_mul(z, z), sum = v_set1(1.0f / 15);
+    for (int i = 13; i >= 1; i -= 2) {
+        sum = v_fma(sum, y, v_set1(1.0f / (float)i));
+    }
+    return v_mul(v_add(z, z), sum);
+}
+
+VINLINE vf function_at(attn_row_function f, vf x, int slope)
+{
+    vf one = v_set1(1.0f), zero = v_zero();
+    if (f == ATTN_ROW_ELU1) {
+        vf below = v_exp(v_min(zero, x));
+        return v_select(v_lt(zero, x), slope ? one : v_add(x, one), below);
+    }
+    if (f == ATTN_ROW_SOFTPLUS && !slope) {
+        return v_add(v_max(zero, x), v_log1p(v_exp(v_sub(zero, v_abs(x)))));
+    }
+    if (f == ATTN_ROW_SILU && !slope) {
+        return times_sigmoid(x, x);
+    }
+    vf s = times_sigmoid(one, x);
+    if (f == ATTN_ROW_SILU) {
+        return v_mul(s, v_fma(x, v_sub(one, s), one));
+    }
+    return f == ATTN_ROW_SIGMOID && slope ? v_mul(s, v_sub(one, s)) : s;
+}
+
+VINLINE void function_of(attn_row_function f, const float *x, const float *grad, int64_t n, float *out)
+{
+    EACH(i, n) {
+        vf at = load_at(x, i, n);
+        store_at(out, grad != NULL ? v_mul(load_at(grad, i, n), function_at(f, at, 1)) : function_at(f, at, 0), i, n);
+    }
+}
+
+static void function(attn_row_function f, const float *x, const float *grad, int64_t n, float *out)
+{
+    switch (f) {
+    case ATTN_ROW_SIGMOID: function_of(ATTN_ROW_SIGMOID, x, grad, n, out); break;
+    case ATTN_ROW_SILU: function_of(ATTN_ROW_SILU, x, grad, n, out); break;
+    case ATTN_ROW_SOFTPLUS: function_of(ATTN_ROW_SOFTPLUS, x, grad, n, out); break;
+    case ATTN_ROW_ELU1: function_of(ATTN_ROW_ELU1, x, grad, n, out); break;
+    }
+}
+
 static void to_f16(const float *x, int64_t n, uint16_t *out)
 {
     int64_t i = 0;
@@ -139,4 +187,4 @@ static void hadamard(float *x, int64_t n)
 }
 
 const attn_row_kernels ATTN_K(attn_row_kernels_table) = {rms_norm, rotate, add, scale, silu_gate, gelu_gate,
-                                                        to_f16, to_bf16, to_i8, hadamard};
+                                                        function, to_f16, to_bf16, to_i8, hadamard};

@@ -6,6 +6,8 @@
 
 #include <stdint.h>
 
+typedef enum attn_row_function { ATTN_ROW_SIGMOID, ATTN_ROW_SILU, ATTN_ROW_SOFTPLUS, ATTN_ROW_ELU1 } attn_row_function;
+
 typedef struct attn_row_kernels {
     /* out = x / sqrt(mean(x^2) + epsilon) * weight; out may be x. */
     void (*rms_norm)(const float *x, const float *weight, int64_t n, float epsilon, float *out);
@@ -16,6 +18,8 @@ typedef struct attn_row_kernels {
     /* gate = silu(gate) * up, and gelu (the tanh form) */
     void (*silu_gate)(float *gate, const float *up, int64_t n);
     void (*gelu_gate)(float *gate, const float *up, int64_t n);
+    /* out = f(x), or with grad: grad * f'(x); out may be x or grad. ELU1: x + 1 for x > 0, else e^x. */
+    void (*function)(attn_row_function f, const float *x, const float *grad, int64_t n, float *out);
     void (*to_f16)(const float *x, int64_t n, uint16_t *out);
     void (*to_bf16)(const float *x, int64_t n, uint16_t *out);
     /* out * (the result) = x, out in -127 ... 127 */

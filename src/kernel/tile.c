@@ -98,23 +98,6 @@ static void product(int64_t m, int64_t n, int64_t k, const float *a, int64_t a_r
 
 /* ---- Rows ---- */
 
-/* 2^x to about 1 ulp: degree-6 polynomial (relative error 2e-9) on the fraction. Below -149 the result is 0; NaN stays (the order of
- * the maximum's arguments matters for that). */
-VINLINE vf v_exp2(vf x)
-{
-    x = v_max(v_set1(-200.0f), x);
-    vf n = v_round(x);
-    vf r = v_sub(x, n);
-    vf p = v_set1(0x1.41d333p-13f);
-    p = v_fma(p, r, v_set1(0x1.5f456ap-10f));
-    p = v_fma(p, r, v_set1(0x1.3b2dbcp-7f));
-    p = v_fma(p, r, v_set1(0x1.c6aed4p-5f));
-    p = v_fma(p, r, v_set1(0x1.ebfbdap-3f));
-    p = v_fma(p, r, v_set1(0x1.62e430p-1f));
-    p = v_fma(p, r, v_set1(1.0f));
-    return v_scale2(p, n);
-}
-
 static void softmax(int64_t rows, float *s, int64_t lds, int64_t count, float *m, float *l, float *alpha)
 {
     for (int64_t i = 0; i < rows; i++, s += lds) {

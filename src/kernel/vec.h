@@ -224,10 +224,11 @@ VINLINE vf v_load_bf16(const uint16_t *p)
 VINLINE vf v_load_i8(const int8_t *p) { return (vf){p[0], p[1], p[2], p[3]}; }
 #endif
 
-/* exp(x) to about 1 ulp where the result is a normal number; 0 below -104, infinity above 88.8, exp(-inf) = 0. */
+/* exp(x) to about 1 ulp where the result is a normal number; 0 below -104, infinity above 88.8, exp(-inf) = 0, NaN for
+ * NaN: minimum and maximum give their second argument then. */
 VINLINE vf v_exp(vf x)
 {
-    x = v_max(v_min(x, v_set1(89.0f)), v_set1(-104.0f));
+    x = v_max(v_set1(-104.0f), v_min(v_set1(89.0f), x));
     vf n = v_round(v_mul(x, v_set1(1.44269504088896341f)));
     /* Two-part ln 2: the first product is exact for |n| < 2^9. */
     vf r = v_fnma(n, v_set1(0.693359375f), x);
@@ -239,6 +240,23 @@ VINLINE vf v_exp(vf x)
     p = v_fma(p, r, v_set1(1.6666665459e-1f));
     p = v_fma(p, r, v_set1(5.0000001201e-1f));
     p = v_fma(v_mul(r, r), p, v_add(r, v_set1(1.0f)));
+    return v_scale2(p, n);
+}
+
+/* 2^x to about 1 ulp: degree-6 polynomial (relative error 2e-9) on the fraction. Below -149 the result is 0; NaN stays (the order of
+ * the maximum's arguments matters for that). */
+VINLINE vf v_exp2(vf x)
+{
+    x = v_max(v_set1(-200.0f), x);
+    vf n = v_round(x);
+    vf r = v_sub(x, n);
+    vf p = v_set1(0x1.41d333p-13f);
+    p = v_fma(p, r, v_set1(0x1.5f456ap-10f));
+    p = v_fma(p, r, v_set1(0x1.3b2dbcp-7f));
+    p = v_fma(p, r, v_set1(0x1.c6aed4p-5f));
+    p = v_fma(p, r, v_set1(0x1.ebfbdap-3f));
+    p = v_fma(p, r, v_set1(0x1.62e430p-1f));
+    p = v_fma(p, r, v_set1(1.0f));
     return v_scale2(p, n);
 }
 

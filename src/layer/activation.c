@@ -1,9 +1,23 @@
-/* Element-wise functions and their derivatives, evaluated in double. */
+/* Element-wise functions and their derivatives: by the kernels of kernel/rows.h, or evaluated in double. */
 #include "layer/activation.h"
+#include "core/internal.h"
+#include "kernel/rows.h"
 
 #include <stddef.h>
 
-#define PARALLEL_FROM 20000 /* elements */
+#define BLOCK 2048 /* elements of a task, and from where on threads are worth while */
+
+/* The kernels' name for it; -1 when they do not have it. */
+static int row_function(attn_activation activation)
+{
+    switch (activation) {
+    case ATTN_ACTIVATION_SIGMOID: return ATTN_ROW_SIGMOID;
+    case ATTN_ACTIVATION_SILU: return ATTN_ROW_SILU;
+    case ATTN_ACTIVATION_SOFTPLUS: return ATTN_ROW_SOFTPLUS;
+    case ATTN_ACTIVATION_ELU1: return ATTN_ROW_ELU1;
+    default: return -1;
+    }
+}
 
 double attn_activation_at(attn_activation activation, double x, double *slope)
 {
@@ -52,21 +66,32 @@ double attn_activation_at(attn_activation activation, double x, double *slope)
     return y;
 }
 
+/* y = f(x), or with grad: grad * f'(x). */
+static void apply(attn_activation activation, int threads, int64_t count, const float *x, const float *grad, float *y)
+{
+    const attn_row_kernels *kernels = ATTN_KERNEL_SELECT(attn_row_kernels_table, attn_isa_current());
+    int row = row_function(activation);
+#pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1 && count > BLOCK)
+    for (int64_t first = 0; first < count; first += BLOCK) {
+        int64_t end = attn_min_i64(count, first + BLOCK);
+        if (row >= 0) {
+            kernels->function((attn_row_function)row, x + first, grad != NULL ? grad + first : NULL, end - first, y + first);
+            continue;
+        }
+        for (int64_t i = first; i < end; i++) {
+            double slope = 0, value = attn_activation_at(activation, (double)x[i], grad != NULL ? &slope : NULL);
+            y[i] = (float)(grad != NULL ? (double)grad[i] * slope : value);
+        }
+    }
+}
+
 void attn_activation_forward(attn_activation activation, int threads, int64_t count, const float *x, float *y)
 {
-#pragma omp parallel for num_threads(threads) if (threads > 1 && count > PARALLEL_FROM)
-    for (int64_t i = 0; i < count; i++) {
-        y[i] = (float)attn_activation_at(activation, (double)x[i], NULL);
-    }
+    apply(activation, threads, count, x, NULL, y);
 }
 
 void attn_activation_backward(attn_activation activation, int threads, int64_t count, const float *x, const float *grad_y,
                               float *grad_x)
 {
-#pragma omp parallel for num_threads(threads) if (threads > 1 && count > PARALLEL_FROM)
-    for (int64_t i = 0; i < count; i++) {
-        double slope;
-        attn_activation_at(activation, (double)x[i], &slope);
-        grad_x[i] = (float)((double)grad_y[i] * slope);
-    }
+    apply(activation, threads, count, x, grad_y, grad_x);
 }

@@ -243,6 +243,13 @@ static attn_status scan_backward(attn_call *call)
     return dsf_scan_backward(call, &scan, &g);
 }
 
+static attn_status scan_cost(attn_call *call, attn_cost *cost)
+{
+    cost->flops = 6 * (double)attn_dim(call, "B") * (double)attn_dim(call, "H") * (double)attn_dim(call, "N") * (double)attn_dim(call, "Dv") *
+                  (double)attn_dim(call, "S");
+    return ATTN_OK;
+}
+
 const attn_op_class attn_op_dsf_scan = {
     .info = {.name = "dsf.scan",
              .title = "Structured scan: outer-product state with any diagonal decay",
@@ -253,6 +260,7 @@ const attn_op_class attn_op_dsf_scan = {
              ATTN_TABLE_NO_PARAMS(scan_ports)},
     .forward = scan_forward,
     .backward = scan_backward,
+    .cost = scan_cost,
 };
 
 /* ---- The recall task ---- */

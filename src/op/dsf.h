@@ -16,6 +16,9 @@ typedef struct dsf_scan {
     const float *lam;           /* [sequences][n][channels or 1][states or 1] */
     const float *log_rate;      /* or, instead of lam, [channels][states]: lam = e^(gain * log_rate) */
     const float *gain;          /* [sequences][n][channels or 1]; NULL: ones */
+    /* Or, forward with log_rate, gains made where they are used: to [rows][high - low] of rows first ... and channels low ... high - 1. */
+    void (*make_gain)(const void *maker, int64_t first, int64_t rows, int64_t low, int64_t high, float *to);
+    const void *maker;
     const float *skip;          /* [skip_sets][channels] or NULL */
     const float *h0;            /* [sequences][channels][states] or NULL */
 } dsf_scan;

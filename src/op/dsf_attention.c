@@ -1,12 +1,17 @@
 /* Linear and normalised attention of the dynamical systems framework (arXiv:2405.15731), in chunks: within a chunk masked products
- * of features, between chunks the running sum of v phi(k)^T. Denominators are applied at the output. And the conversion of
- * architectures to the matrices of the general system.
+ * of features, between chunks the running sum of v phi(k)^T. Denominators are applied at the output. Features that are as many as the
+ * channels go through exec/linear.h, those of Taylor maps are made chunk by chunk here. And the conversion of architectures to the
+ * matrices of the general system.
  */
+#include "exec/linear.h"
+#include "kernel/tile.h"
 #include "layer/activation.h"
 #include "layer/gemm.h"
+#include "layer/heads.h"
 #include "layer/linear.h"
 #include "op/dsf.h"
 
+#include <float.h>
 #include <omp.h>
 #include <string.h>
 
@@ -51,8 +56,12 @@ static void features_forward(const features *f, const float *x, float *to)
     to[0] = 1;
     for (int64_t p = 1; p <= f->order; p++, size *= f->d) {
         float *next = to + size;
-        for (int64_t i = 0; i < size * f->d; i++) {
-            next[i] = (float)((double)to[i / f->d] * (double)x[i % f->d] * f->root / sqrt((double)p));
+        double factor = f->root / sqrt((double)p);
+        for (int64_t i = 0; i < size; i++) {
+            float before = (float)((double)to[i] * factor);
+            for (int64_t c = 0; c < f->d; c++) {
+                next[i * f->d + c] = before * x[c];
+            }
         }
         to = next;
     }
@@ -78,11 +87,15 @@ static void features_backward(const features *f, const float *x, const float *va
     for (int64_t p = f->order; p >= 1; p--, power /= f->d) {
         at -= power;
         int64_t below = power / f->d;
-        double factor = f->root / sqrt((double)p);
-        for (int64_t i = 0; i < power; i++) {
-            float g = grad[at + i];
-            grad[at - below + i / f->d] += (float)((double)g * (double)x[i % f->d] * factor);
-            to[i % f->d] += (float)((double)g * (double)value[at - below + i / f->d] * factor);
+        float factor = (float)(f->root / sqrt((double)p));
+        for (int64_t i = 0; i < below; i++) {
+            const float *g = grad + at + i * f->d;
+            float before = factor * value[at - below + i], sum = 0;
+            for (int64_t c = 0; c < f->d; c++) {
+                sum += g[c] * x[c];
+                to[c] += g[c] * before;
+            }
+            grad[at - below + i] += factor * sum;
         }
     }
 }
@@ -144,6 +157,192 @@ static attn_status attention_bind(attn_call *call)
     }
     return ATTN_OK;
 }
+
+/* ---- Features as many as channels ---- */
+
+/* phi of all rows: x itself, or made in scratch memory. */
+static attn_status plain_features(attn_call *call, const attn_tensor *x, const float **to)
+{
+    const attention_params *p = call->params;
+    int64_t count = attn_tensor_count(x);
+    float *made;
+    *to = attn_f32(x);
+    if (p->phi == PHI_ELU1) {
+        ATTN_TRY(attn_take_f32(call, count, &made));
+        attn_activation_forward(ATTN_ACTIVATION_ELU1, call->threads, count, attn_f32(x), made);
+        *to = made;
+    }
+    return ATTN_OK;
+}
+
+static attn_linattn plain_shape(const attn_call *call)
+{
+    return (attn_linattn){.batch = attn_dim(call, "B"), .heads = attn_dim(call, "H"), .kv_heads = attn_dim(call, "Hkv"),
+                          .n = attn_dim(call, "N"), .m = attn_dim(call, "N"), .d = attn_dim(call, "D"), .dv = attn_dim(call, "Dv"),
+                          .causal = 1, .scale = 1};
+}
+
+static int64_t kv_head(const attn_linattn *x, int64_t bh)
+{
+    return bh / x->heads * x->kv_heads + bh % x->heads / (x->heads / x->kv_heads);
+}
+
+#define FOLD 64 /* keys that are added up by themselves before they go into a long sum */
+
+/* z [3][D]: what is folded, the whole sum so far, what is not folded yet. */
+static void take_in(const attn_tile_kernels *kernels, float *z, const float *key, float factor, int64_t d, int64_t t)
+{
+    if (t % FOLD == 0) {
+        memcpy(z, z + d, (size_t)d * sizeof *z);
+        memset(z + 2 * d, 0, (size_t)d * sizeof *z);
+    }
+    kernels->axpy(z + 2 * d, key, d, factor);
+    for (int64_t c = 0; c < d; c++) {
+        z[d + c] = z[c] + z[2 * d + c];
+    }
+}
+
+/* Denominators [B*H][N]; z [B*H][3][D] is zeroed first, its middle left as the sums of all keys. */
+static void plain_denominators(const attn_call *call, const attn_linattn *x, const float *fq, const float *fk, float *z, double *eta)
+{
+    const attention_params *p = call->params;
+    const attn_tile_kernels *kernels = attn_tile_kernels_get();
+    memset(z, 0, (size_t)(x->batch * x->heads * 3 * x->d) * sizeof *z);
+#pragma omp parallel for schedule(static) num_threads(call->threads) if (call->threads > 1)
+    for (int64_t bh = 0; bh < x->batch * x->heads; bh++) {
+        const float *key = fk + kv_head(x, bh) * x->n * x->d, *query = fq + bh * x->n * x->d;
+        float *own = z + bh * 3 * x->d;
+        for (int64_t t = 0; t < x->n; t++) {
+            double slope, *to = eta + bh * x->n + t;
+            if (p->eta == ETA_SUM) {
+                take_in(kernels, own, key + t * x->d, 1, x->d, t);
+                *to = (double)kernels->dot(own + x->d, query + t * x->d, x->d);
+            } else {
+                *to = p->eta == ETA_NONE ? 1 : eta_of(p->eta, (double)attn_f32(call->t[N_PRE])[bh * x->n + t], &slope);
+            }
+        }
+    }
+}
+
+static void divide(float *x, int64_t count, double by)
+{
+    float factor = (float)(1 / by);
+    if (isfinite(factor) && fabsf(factor) > FLT_MIN) {
+        attn_tile_kernels_get()->scale(x, count, factor);
+        return;
+    }
+    for (int64_t i = 0; i < count; i++) {
+        x[i] = (float)((double)x[i] / by);
+    }
+}
+
+static attn_status plain_forward(attn_call *call)
+{
+    const attention_params *p = call->params;
+    attn_linattn x = plain_shape(call);
+    int64_t all = x.batch * x.heads;
+    const float *fq, *fk, *v = attn_f32(call->t[V]);
+    float *state, *z, *o = attn_f32(call->t[O]);
+    double *eta = attn_arena_array(call->arena, (size_t)(all * x.n), sizeof *eta);
+    ATTN_TRY(attn_take_f32(call, all * x.d * x.dv, &state));
+    ATTN_TRY(attn_take_f32(call, all * 3 * x.d, &z));
+    ATTN_TRY(plain_features(call, call->t[Q], &fq));
+    ATTN_TRY(plain_features(call, call->t[K], &fk));
+    if (eta == NULL) {
+        return attn_fail_memory((size_t)(all * x.n) * sizeof *eta);
+    }
+    if (p->decode) {
+        memset(state, 0, (size_t)(all * x.d * x.dv) * sizeof *state);
+        ATTN_TRY(attn_linattn_decode(&x, call->arena, call->threads, fq, fk, v, state, o));
+    } else {
+        ATTN_TRY(attn_linattn_forward(&x, call->arena, call->threads, fq, fk, v, NULL, o, state));
+    }
+    plain_denominators(call, &x, fq, fk, z, eta);
+#pragma omp parallel for schedule(static) num_threads(call->threads) if (call->threads > 1)
+    for (int64_t bh = 0; bh < all; bh++) {
+        for (int64_t row = bh * x.n; row < (p->eta != ETA_NONE ? (bh + 1) * x.n : 0); row++) {
+            divide(o + row * x.dv, x.dv, eta[row]);
+        }
+        for (int64_t s = 0; s < x.d; s++) {
+            for (int64_t c = 0; c < x.dv; c++) {
+                attn_f32(call->t[H_LAST])[(bh * x.dv + c) * x.d + s] = state[(bh * x.d + s) * x.dv + c];
+            }
+            if (call->t[Z_LAST] != NULL) {
+                attn_f32(call->t[Z_LAST])[bh * x.d + s] = z[(bh * 3 + 1) * x.d + s];
+            }
+        }
+    }
+    return ATTN_OK;
+}
+
+/* What the sum of scores as denominator adds, with slopes d(loss)/d(denominator) of one head. z [3][D] is scratch. */
+static void sum_backward(const attn_linattn *x, const double *slopes, const float *fq, const float *fk, float *z, float *dq, float *dk)
+{
+    const attn_tile_kernels *kernels = attn_tile_kernels_get();
+    memset(z, 0, (size_t)(3 * x->d) * sizeof *z);
+    for (int64_t t = 0; t < x->n; t++) {
+        take_in(kernels, z, fk + t * x->d, 1, x->d, t);
+        kernels->axpy(dq + t * x->d, z + x->d, x->d, (float)slopes[t]);
+    }
+    memset(z, 0, (size_t)(3 * x->d) * sizeof *z);
+    for (int64_t t = x->n - 1; t >= 0; t--) {
+        take_in(kernels, z, fq + t * x->d, (float)slopes[t], x->d, x->n - 1 - t);
+        kernels->axpy(dk + t * x->d, z + x->d, x->d, 1);
+    }
+}
+
+static attn_status plain_backward(attn_call *call)
+{
+    const attention_params *p = call->params;
+    attn_linattn x = plain_shape(call);
+    int64_t all = x.batch * x.heads, size_q = x.n * x.d;
+    const float *fq, *fk, *v = attn_f32(call->t[V]), *o = attn_f32(call->t[O]), *go = attn_f32(call->grad[O]);
+    float *dq = attn_f32(call->grad[Q]), *dk = attn_f32(call->grad[K]), *g, *z, *shared;
+    double *eta = attn_arena_array(call->arena, (size_t)(all * x.n), sizeof *eta);
+    ATTN_TRY(dq != NULL ? ATTN_OK : attn_take_f32(call, all * size_q, &dq));
+    ATTN_TRY(dk != NULL ? ATTN_OK : attn_take_f32(call, x.batch * x.kv_heads * size_q, &dk));
+    ATTN_TRY(attn_take_f32(call, p->eta == ETA_SUM ? all * size_q : 0, &shared));
+    ATTN_TRY(attn_take_f32(call, all * x.n * x.dv, &g));
+    ATTN_TRY(attn_take_f32(call, all * 3 * x.d, &z));
+    ATTN_TRY(plain_features(call, call->t[Q], &fq));
+    ATTN_TRY(plain_features(call, call->t[K], &fk));
+    if (eta == NULL) {
+        return attn_fail_memory((size_t)(all * x.n) * sizeof *eta);
+    }
+    plain_denominators(call, &x, fq, fk, z, eta);
+#pragma omp parallel for schedule(static) num_threads(call->threads) if (call->threads > 1)
+    for (int64_t row = 0; row < all * x.n; row++) {
+        double slope, along = p->eta != ETA_NONE ? (double)attn_tile_kernels_get()->dot(go + row * x.dv, o + row * x.dv, x.dv) : 0;
+        memcpy(g + row * x.dv, go + row * x.dv, (size_t)x.dv * sizeof *g);
+        divide(g + row * x.dv, x.dv, eta[row]);
+        eta[row] = -along / eta[row];
+        if (p->eta >= ETA_EXP && call->grad[N_PRE] != NULL) {
+            eta_of(p->eta, (double)attn_f32(call->t[N_PRE])[row], &slope);
+            attn_f32(call->grad[N_PRE])[row] = (float)(eta[row] * slope);
+        }
+    }
+    ATTN_TRY(attn_linattn_backward(&x, call->arena, call->threads, fq, fk, v, NULL, g, dq, dk, attn_f32(call->grad[V]), NULL));
+    if (p->eta == ETA_SUM) {
+        memset(shared, 0, (size_t)(all * size_q) * sizeof *shared);
+#pragma omp parallel for schedule(static) num_threads(call->threads) if (call->threads > 1)
+        for (int64_t bh = 0; bh < all; bh++) {
+            sum_backward(&x, eta + bh * x.n, fq + bh * size_q, fk + kv_head(&x, bh) * size_q, z + bh * 3 * x.d,
+                         dq + bh * size_q, shared + bh * size_q);
+        }
+        for (int64_t bh = 0; bh < all; bh++) {
+            attn_add_f32(call->threads, size_q, dk + kv_head(&x, bh) * size_q, shared + bh * size_q);
+        }
+    }
+    for (int i = Q; i <= K && p->phi == PHI_ELU1; i++) {
+        if (call->grad[i] != NULL) {
+            attn_activation_backward(ATTN_ACTIVATION_ELU1, call->threads, attn_tensor_count(call->t[i]), attn_f32(call->t[i]),
+                                     i == Q ? dq : dk, attn_f32(call->grad[i]));
+        }
+    }
+    return ATTN_OK;
+}
+
+/* ---- Taylor features ---- */
 
 /* One head: values have a column of ones more (width = Dv + 1) when the sum of scores is the denominator. */
 typedef struct head {
@@ -282,7 +481,11 @@ static attn_status each_head(attn_call *call, attn_status (*work)(attn_call *, a
     return status == ATTN_ERR_MEMORY ? attn_fail(ATTN_ERR_MEMORY, "out of memory in a thread of dsf.attention") : status;
 }
 
-static attn_status attention_forward(attn_call *call) { return each_head(call, head_forward, NULL); }
+static attn_status attention_forward(attn_call *call)
+{
+    const attention_params *p = call->params;
+    return p->phi == PHI_TAYLOR ? each_head(call, head_forward, NULL) : plain_forward(call);
+}
 
 static attn_status head_backward(attn_call *call, attn_arena *arena, int64_t bh, const back_memory *to)
 {
@@ -350,6 +553,10 @@ static attn_status head_backward(attn_call *call, attn_arena *arena, int64_t bh,
 
 static attn_status attention_backward(attn_call *call)
 {
+    const attention_params *p = call->params;
+    if (p->phi != PHI_TAYLOR) {
+        return plain_backward(call);
+    }
     int64_t heads = attn_dim(call, "H"), kv_heads = attn_dim(call, "Hkv"), all = attn_dim(call, "B") * heads, n = attn_dim(call, "N");
     int64_t d = attn_dim(call, "D"), dv = attn_dim(call, "Dv");
     attn_status status = ATTN_OK;
@@ -369,6 +576,18 @@ static attn_status attention_backward(attn_call *call)
     return ATTN_OK;
 }
 
+static attn_status attention_cost(attn_call *call, attn_cost *cost)
+{
+    const attention_params *p = call->params;
+    attn_linattn shape = plain_shape(call);
+    features f;
+    ATTN_TRY(features_setup(p->phi, p->order, p->scale, shape.d, &f));
+    shape.d = f.count;
+    shape.chunk = p->decode ? 1 : p->phi == PHI_TAYLOR ? CHUNK : 0;
+    cost->flops = attn_linattn_flops(&shape);
+    return ATTN_OK;
+}
+
 const attn_op_class attn_op_dsf_attention = {
     .info = {.name = "dsf.attention",
              .title = "Linear and normalised attention",
@@ -382,6 +601,7 @@ const attn_op_class attn_op_dsf_attention = {
     .bind = attention_bind,
     .forward = attention_forward,
     .backward = attention_backward,
+    .cost = attention_cost,
 };
 
 /* ---- dsf.matrices ---- */

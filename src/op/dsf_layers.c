@@ -1,4 +1,6 @@
 /* Architectures of the dynamical systems framework (arXiv:2405.15731) as scans: S6 and SSD, the quantised LSTM, RG-LRU. */
+#include "exec/softmax.h"
+#include "kernel/tile.h"
 #include "layer/activation.h"
 #include "layer/conv.h"
 #include "layer/linear.h"
@@ -15,7 +17,7 @@ typedef struct s6 {
     int64_t rows, channels, states; /* rows: B*N */
     int dt_wide, bias_wide, rate_wide, rate_deep;
     const float *dt, *bias, *a_log;
-    float *delta, *rate; /* [rows][channels], [channels][states]: softplus(dt + bias), -exp(A_log) */
+    float *delta, *rate; /* [rows][channels], only backward, [channels][states]: softplus(dt + bias), -exp(A_log) */
 } s6;
 
 static float *s6_point(const s6 *x, float *a_log, int64_t c, int64_t s)
@@ -28,17 +30,37 @@ static double s6_before(const s6 *x, int64_t row, int64_t c)
     return (double)x->dt[x->dt_wide ? row * x->channels + c : row] + (x->bias != NULL ? (double)x->bias[x->bias_wide ? c : 0] : 0);
 }
 
+/* Step sizes softplus(dt + bias) of some rows and channels. */
+static void s6_delta(const void *maker, int64_t first, int64_t rows, int64_t low, int64_t high, float *to)
+{
+    const s6 *x = maker;
+    int64_t count = high - low;
+    for (int64_t r = 0; r < rows; r++) {
+        const float *dt = x->dt_wide ? x->dt + (first + r) * x->channels + low : NULL, *bias = x->bias_wide ? x->bias + low : NULL;
+        float one = dt == NULL ? x->dt[first + r] : 0.0f, same = x->bias != NULL && bias == NULL ? x->bias[0] : 0.0f;
+        for (int64_t c = 0; c < count; c++) {
+            to[r * count + c] = (dt != NULL ? dt[c] : one) + (bias != NULL ? bias[c] : same);
+        }
+    }
+    attn_activation_forward(ATTN_ACTIVATION_SOFTPLUS, 1, rows * count, to, to);
+}
+
 static attn_status s6_prepare(attn_call *call, s6 *x)
 {
-    attn_status status = ATTN_OK;
-    x->delta = dsf_floats(call, x->rows * x->channels, &status);
-    x->rate = dsf_floats(call, x->channels * x->states, &status);
-    ATTN_TRY(status);
-    for (int64_t i = 0; i < x->rows * x->channels; i++) {
-        x->delta[i] = (float)attn_softplus(s6_before(x, i / x->channels, i % x->channels));
-    }
+    ATTN_TRY(attn_take_f32(call, x->channels * x->states, &x->rate));
     for (int64_t i = 0; i < x->channels * x->states; i++) {
         x->rate[i] = -expf(*s6_point(x, (float *)(uintptr_t)x->a_log, i / x->states, i % x->states));
+    }
+    return ATTN_OK;
+}
+
+/* For the backward pass: all step sizes. */
+static attn_status s6_all_deltas(attn_call *call, s6 *x)
+{
+    ATTN_TRY(attn_take_f32(call, x->rows * x->channels, &x->delta));
+#pragma omp parallel for schedule(static) num_threads(call->threads) if (call->threads > 1)
+    for (int64_t row = 0; row < x->rows; row++) {
+        s6_delta(x, row, 1, 0, x->channels, x->delta + row * x->channels);
     }
     return ATTN_OK;
 }
@@ -98,8 +120,8 @@ static attn_status s6_setup(attn_call *call, s6 *x, dsf_scan *scan)
     ATTN_TRY(s6_prepare(call, x));
     *scan = (dsf_scan){.sequences = attn_dim(call, "B"), .n = attn_dim(call, "N"), .channels = x->channels, .states = x->states,
                        .skip_sets = 1, .gain_wide = 1, .v = attn_f32(call->t[S_U]), .b = attn_f32(call->t[S_B]),
-                       .c = attn_f32(call->t[S_C]), .log_rate = x->rate, .gain = x->delta, .skip = attn_f32(call->t[S_SKIP]),
-                       .h0 = attn_f32(call->t[S_H0])};
+                       .c = attn_f32(call->t[S_C]), .log_rate = x->rate, .make_gain = s6_delta, .maker = x,
+                       .skip = attn_f32(call->t[S_SKIP]), .h0 = attn_f32(call->t[S_H0])};
     return ATTN_OK;
 }
 
@@ -117,6 +139,8 @@ static attn_status s6_backward(attn_call *call)
     dsf_scan scan;
     attn_status status = ATTN_OK;
     ATTN_TRY(s6_setup(call, &x, &scan));
+    ATTN_TRY(s6_all_deltas(call, &x));
+    scan.gain = x.delta;
     float *delta = dsf_gradient(call, NULL, x.rows * x.channels, &status), *rate = dsf_gradient(call, NULL, x.channels * x.states, &status);
     ATTN_TRY(status);
     dsf_gradients g = {.o = attn_f32(call->grad[S_O]), .h_last = attn_f32(call->grad[S_H_LAST]), .v = attn_f32(call->grad[S_U]),
@@ -124,6 +148,15 @@ static attn_status s6_backward(attn_call *call)
                        .skip = attn_f32(call->grad[S_SKIP]), .h0 = attn_f32(call->grad[S_H0])};
     ATTN_TRY(dsf_scan_backward(call, &scan, &g));
     return s6_back(call, &x, delta, rate, attn_f32(call->grad[S_DT]), attn_f32(call->grad[S_DT_BIAS]), attn_f32(call->grad[S_A_LOG]));
+}
+
+/* For each token, channel and state: the update and its reading, and an exponential, which takes 20 operations. */
+static double s6_flops(double rows, double channels, double states) { return 26 * rows * channels * states; }
+
+static attn_status s6_cost(attn_call *call, attn_cost *cost)
+{
+    cost->flops = s6_flops((double)attn_dim(call, "B") * (double)attn_dim(call, "N"), (double)attn_dim(call, "d"), (double)attn_dim(call, "S"));
+    return ATTN_OK;
 }
 
 const attn_op_class attn_op_dsf_s6 = {
@@ -136,6 +169,7 @@ const attn_op_class attn_op_dsf_s6 = {
              ATTN_TABLE_NO_PARAMS(s6_ports)},
     .forward = s6_forward,
     .backward = s6_backward,
+    .cost = s6_cost,
 };
 
 enum { Y_X, Y_W_X, Y_W_DT, Y_DT_BIAS, Y_A_LOG, Y_SKIP, Y_W_OUT, Y_Y };
@@ -191,8 +225,8 @@ static attn_status s6_layer_run(attn_call *call, s6_layer *f)
                 .bias = attn_f32(call->t[Y_DT_BIAS]), .a_log = attn_f32(call->t[Y_A_LOG])};
     ATTN_TRY(s6_prepare(call, &f->x));
     f->scan = (dsf_scan){.sequences = attn_dim(call, "B"), .n = attn_dim(call, "N"), .channels = d, .states = states, .skip_sets = 1,
-                         .gain_wide = 1, .v = attn_f32(call->t[Y_X]), .b = f->b, .c = f->c, .log_rate = f->x.rate, .gain = f->x.delta,
-                         .skip = attn_f32(call->t[Y_SKIP])};
+                         .gain_wide = 1, .v = attn_f32(call->t[Y_X]), .b = f->b, .c = f->c, .log_rate = f->x.rate, .make_gain = s6_delta,
+                         .maker = &f->x, .skip = attn_f32(call->t[Y_SKIP])};
     return dsf_scan_forward(call, &f->scan, f->o, f->h_last);
 }
 
@@ -209,6 +243,8 @@ static attn_status s6_layer_backward(attn_call *call)
     s6_layer f;
     attn_status status = ATTN_OK;
     ATTN_TRY(s6_layer_run(call, &f));
+    ATTN_TRY(s6_all_deltas(call, &f.x));
+    f.scan.gain = f.x.delta;
     int64_t rows = f.x.rows, d = f.x.channels, states = f.x.states;
     float *go = dsf_floats(call, rows * d, &status), *gx = dsf_gradient(call, call->grad[Y_X], rows * d, &status);
     float *gb = dsf_gradient(call, NULL, rows * states, &status), *gc = dsf_gradient(call, NULL, rows * states, &status);
@@ -236,6 +272,14 @@ static attn_status s6_layer_backward(attn_call *call)
     return ATTN_OK;
 }
 
+static attn_status s6_layer_cost(attn_call *call, attn_cost *cost)
+{
+    double rows = (double)attn_dim(call, "B") * (double)attn_dim(call, "N"), d = (double)attn_dim(call, "d"), low = (double)attn_dim(call, "R");
+    cost->flops = 2 * rows * d * ((double)attn_dim(call, "P") + low + (double)attn_dim(call, "dout")) +
+                  s6_flops(rows, d, (double)attn_dim(call, "S"));
+    return ATTN_OK;
+}
+
 const attn_op_class attn_op_dsf_s6_layer = {
     .info = {.name = "dsf.s6_layer",
              .title = "An S6 layer: projections around the selective recurrence",
@@ -246,6 +290,7 @@ const attn_op_class attn_op_dsf_s6_layer = {
     .bind = s6_layer_bind,
     .forward = s6_layer_forward,
     .backward = s6_layer_backward,
+    .cost = s6_layer_cost,
 };
 
 /* ---- qLSTM ---- */
@@ -278,11 +323,18 @@ static attn_status qlstm_run(attn_call *call, qlstm *f, float *o, float *h_last)
     f->h = dsf_floats(call, rows * d, &status);
     ATTN_TRY(status);
     ATTN_TRY(attn_linear_forward(call->arena, call->threads, rows, d, 3 * d, f->x, f->w, f->bias, f->pre));
-    for (int64_t i = 0; i < rows * d; i++) {
-        const float *pre = f->pre + i / d * 3 * d + i % d;
-        f->lam[i] = (float)(f->reversed ? exp(-f->alpha * attn_softplus((double)pre[0])) : attn_sigmoid((double)pre[0]));
-        f->gain[i] = (float)attn_sigmoid((double)pre[d]);
-        f->gate[i] = (float)attn_sigmoid((double)pre[2 * d]);
+    const attn_tile_kernels *kernels = attn_tile_kernels_get();
+#pragma omp parallel for schedule(static) num_threads(call->threads) if (call->threads > 1)
+    for (int64_t r = 0; r < rows; r++) {
+        const float *pre = f->pre + r * 3 * d;
+        float *lam = f->lam + r * d;
+        attn_activation_forward(f->reversed ? ATTN_ACTIVATION_SOFTPLUS : ATTN_ACTIVATION_SIGMOID, 1, d, pre, lam);
+        if (f->reversed) { /* e^(-alpha softplus(f)) */
+            kernels->scale(lam, d, (float)(-f->alpha * ATTN_LOG2E));
+            kernels->exp2_row(lam, d, 0);
+        }
+        attn_activation_forward(ATTN_ACTIVATION_SIGMOID, 1, d, pre + d, f->gain + r * d);
+        attn_activation_forward(ATTN_ACTIVATION_SIGMOID, 1, d, pre + 2 * d, f->gate + r * d);
     }
     dsf_scan scan = {.sequences = f->sequences, .n = f->n, .channels = d, .states = 1, .skip_sets = 1, .lam_wide = 1, .gain_wide = 1,
                      .v = f->x, .lam = f->lam, .gain = f->gain, .h0 = f->h0};
@@ -336,11 +388,7 @@ static attn_status qlstm_back(attn_call *call, const qlstm *f, const float *grad
 static attn_status check_alpha(const attn_call *call, int port)
 {
     const qlstm_params *p = call->params;
-    if ((call->t[port] != NULL) != (p->reversed != 0)) {
-        return attn_fail(ATTN_ERR_ARGUMENT, "alpha is %s with reversed = %s", p->reversed ? "missing" : "superfluous",
-                         p->reversed ? "true" : "false");
-    }
-    return ATTN_OK;
+    return p->reversed && call->t[port] == NULL ? attn_fail(ATTN_ERR_ARGUMENT, "alpha is missing with reversed = true") : ATTN_OK;
 }
 
 enum { Q_X, Q_W_GATES, Q_B_GATES, Q_ALPHA, Q_H0, Q_O, Q_H_LAST };
@@ -349,7 +397,7 @@ static const attn_port_info qlstm_ports[] = {
     ATTN_IN("x", "B,N,d", FLOAT, DIFF, "input"),
     ATTN_IN("w_gates", "3*d,d", FLOAT, DIFF, "rows of the forget, input and output gates"),
     ATTN_IN("b_gates", "3*d", FLOAT, DIFF, "their biases"),
-    ATTN_IN("alpha", "1", FLOAT, MAYBE, "exponent of the reversed decay, used as max(alpha, 0)"),
+    ATTN_IN("alpha", "1", FLOAT, MAYBE, "exponent of the reversed decay, used as max(alpha, 0); needed for it"),
     ATTN_IN("h0", "B,d", FLOAT, MAYBE, "state before the first token"),
     ATTN_OUT("o", "B,N,d", FLOAT, DIFF, "output"),
     ATTN_OUT("h_last", "B,d", FLOAT, DIFF, "state after the last token"),
@@ -384,6 +432,19 @@ static attn_status qlstm_backward(attn_call *call)
                       attn_f32(call->grad[Q_B_GATES]), attn_f32(call->grad[Q_ALPHA]), attn_f32(call->grad[Q_H0]));
 }
 
+/* The gates' product; the recurrence itself is nothing beside it. */
+static double qlstm_flops(const attn_call *call)
+{
+    double d = (double)attn_dim(call, "d");
+    return 6 * (double)attn_dim(call, "B") * (double)attn_dim(call, "N") * d * (d + 1);
+}
+
+static attn_status qlstm_cost(attn_call *call, attn_cost *cost)
+{
+    cost->flops = qlstm_flops(call);
+    return ATTN_OK;
+}
+
 const attn_op_class attn_op_dsf_qlstm = {
     .info = {.name = "dsf.qlstm",
              .title = "Gated recurrence of the qLSTM, also with the decay of S6",
@@ -396,6 +457,7 @@ const attn_op_class attn_op_dsf_qlstm = {
     .bind = qlstm_bind,
     .forward = qlstm_forward,
     .backward = qlstm_backward,
+    .cost = qlstm_cost,
 };
 
 enum { L_X, L_W_IN, L_CONV_W, L_CONV_B, L_W_GATES, L_B_GATES, L_ALPHA, L_W_OUT, L_Y };
@@ -493,6 +555,13 @@ static attn_status qlstm_layer_backward(attn_call *call)
                                 attn_f32(call->grad[L_X]), attn_f32(call->grad[L_W_IN]), NULL);
 }
 
+static attn_status qlstm_layer_cost(attn_call *call, attn_cost *cost)
+{
+    double rows = (double)attn_dim(call, "B") * (double)attn_dim(call, "N"), d = (double)attn_dim(call, "d");
+    cost->flops = qlstm_flops(call) + 2 * rows * d * (3 * (double)attn_dim(call, "C") + (double)attn_dim(call, "K"));
+    return ATTN_OK;
+}
+
 const attn_op_class attn_op_dsf_qlstm_layer = {
     .info = {.name = "dsf.qlstm_layer",
              .title = "A qLSTM layer: gate, causal convolution, recurrence, output projection",
@@ -505,6 +574,7 @@ const attn_op_class attn_op_dsf_qlstm_layer = {
     .bind = qlstm_layer_bind,
     .forward = qlstm_layer_forward,
     .backward = qlstm_layer_backward,
+    .cost = qlstm_layer_cost,
 };
 
 /* ---- RG-LRU ---- */
@@ -589,6 +659,15 @@ static attn_status rglru_backward(attn_call *call)
     return ATTN_OK;
 }
 
+/* What it reads and writes: three inputs and the output. */
+static attn_status rglru_cost(attn_call *call, attn_cost *cost)
+{
+    double count = (double)attn_dim(call, "B") * (double)attn_dim(call, "N") * (double)attn_dim(call, "d");
+    cost->bytes = 4 * count * sizeof(float);
+    cost->flops = 80 * count; /* mostly exponentials and a root */
+    return ATTN_OK;
+}
+
 const attn_op_class attn_op_dsf_rglru = {
     .info = {.name = "dsf.rglru",
              .title = "Real-gated linear recurrent unit",
@@ -600,4 +679,5 @@ const attn_op_class attn_op_dsf_rglru = {
     .params_size = sizeof(rglru_params),
     .forward = rglru_forward,
     .backward = rglru_backward,
+    .cost = rglru_cost,
 };

@@ -1,14 +1,18 @@
 /* The shared recurrence: blocks of channels are independent tasks. The backward pass keeps the state at the start of each span of
- * tokens and recomputes the states within a span. Decays that the channels share make it linear attention, which goes forward by
- * chunks of tokens.
+ * tokens and recomputes the states within a span. Forward, decays that the channels share make it linear attention, by chunks of
+ * tokens; decays that only the channels or their rates tell apart go through the kernels of kernel/scan.h.
  */
 #include "op/dsf.h"
 
 #include "exec/linear.h"
+#include "exec/softmax.h"
+#include "kernel/scan.h"
+#include "kernel/tile.h"
 
+#include <omp.h>
 #include <string.h>
 
-#define CHANNELS 32 /* of a task */
+#define CHANNELS 64 /* of a task */
 #define SPAN 32     /* tokens between kept states */
 
 float *dsf_floats(attn_call *call, int64_t count, attn_status *status)
@@ -113,27 +117,69 @@ static attn_status by_chunks(attn_call *call, const dsf_scan *x, float *o, float
     return ATTN_OK;
 }
 
+/* What a thread needs in by_channels: the state and the rates, transposed, and gains of a span of tokens. */
+static int64_t channels_room(const dsf_scan *x) { return (2 * x->states + SPAN) * CHANNELS; }
+
+/* Channels [low, high) of a sequence with the kernels, a span of tokens at a time so that they are read as they lie in memory. */
+static void by_channels(const dsf_scan *x, int64_t sequence, int64_t low, int64_t high, float *room, float *h, float *o)
+{
+    int64_t count = high - low, first = sequence * x->n;
+    float *turned = room, *rate = turned + count * x->states, *gain = rate + count * x->states;
+    transpose(turned, h, count, x->states);
+    if (x->log_rate != NULL) {
+        transpose(rate, x->log_rate + low * x->states, count, x->states);
+        attn_tile_kernels_get()->scale(rate, count * x->states, (float)ATTN_LOG2E);
+    }
+    for (int64_t t = 0; t < x->n; t += SPAN) {
+        int64_t row = first + t, at = row * x->channels + low, tokens = attn_min_i64(SPAN, x->n - t);
+        attn_scan scan = {.n = tokens, .channels = count, .states = x->states, .ld = x->channels, .ld_gain = x->channels, .v = x->v + at,
+                          .gain = x->gain != NULL ? x->gain + at : NULL, .lam = x->log_rate != NULL ? NULL : x->lam + at, .rate = rate,
+                          .b = x->b != NULL ? x->b + row * x->states : NULL, .c = x->c != NULL ? x->c + row * x->states : NULL,
+                          .skip = x->skip != NULL ? x->skip + sequence % x->skip_sets * x->channels + low : NULL, .h = turned, .o = o + at};
+        if (x->make_gain != NULL) {
+            x->make_gain(x->maker, row, tokens, low, high, gain);
+            scan.gain = gain;
+            scan.ld_gain = count;
+        }
+        attn_scan_kernels_get()->scan(&scan);
+    }
+    transpose(h, turned, x->states, count);
+}
+
+/* The plain way. */
+static void by_steps(const dsf_scan *x, int64_t sequence, int64_t low, int64_t high, float *h, float *o)
+{
+    for (int64_t t = 0; t < x->n; t++) {
+        int64_t row = sequence * x->n + t;
+        step(x, row, low, high, h, h);
+        for (int64_t c = low; c < high; c++) {
+            double sum = x->skip != NULL ? (double)x->skip[sequence % x->skip_sets * x->channels + c] * (double)x->v[row * x->channels + c] : 0;
+            for (int64_t s = 0; s < x->states; s++) {
+                sum += (double)h[(c - low) * x->states + s] * (x->c != NULL ? (double)x->c[row * x->states + s] : 1);
+            }
+            o[row * x->channels + c] = (float)sum;
+        }
+    }
+}
+
 attn_status dsf_scan_forward(attn_call *call, const dsf_scan *x, float *o, float *h_last)
 {
     if (!x->lam_wide && x->log_rate == NULL && x->b != NULL && x->c != NULL) {
         return by_chunks(call, x, o, h_last);
     }
-    int64_t blocks = attn_ceil_div(x->channels, CHANNELS);
+    int64_t blocks = attn_ceil_div(x->channels, CHANNELS), room = channels_room(x);
+    int kernels = (x->b == NULL) == (x->c == NULL) && (x->gain == NULL || x->gain_wide || x->channels == 1) && (x->log_rate != NULL || x->states == 1 || !x->lam_deep);
+    float *turned;
+    ATTN_TRY(attn_take_f32(call, call->threads * room, &turned));
 #pragma omp parallel for schedule(static) num_threads(call->threads) if (call->threads > 1)
     for (int64_t task = 0; task < x->sequences * blocks; task++) {
         int64_t sequence = task / blocks, low = task % blocks * CHANNELS, high = attn_min_i64(x->channels, low + CHANNELS);
         float *h = h_last + (sequence * x->channels + low) * x->states;
         start_state(x, sequence, low, high, h);
-        for (int64_t t = 0; t < x->n; t++) {
-            int64_t row = sequence * x->n + t;
-            step(x, row, low, high, h, h);
-            for (int64_t c = low; c < high; c++) {
-                double sum = x->skip != NULL ? (double)x->skip[sequence % x->skip_sets * x->channels + c] * (double)x->v[row * x->channels + c] : 0;
-                for (int64_t s = 0; s < x->states; s++) {
-                    sum += (double)h[(c - low) * x->states + s] * (x->c != NULL ? (double)x->c[row * x->states + s] : 1);
-                }
-                o[row * x->channels + c] = (float)sum;
-            }
+        if (kernels) {
+            by_channels(x, sequence, low, high, turned + omp_get_thread_num() * room, h, o);
+        } else {
+            by_steps(x, sequence, low, high, h, o);
         }
     }
     return ATTN_OK;

@@ -1,0 +1,38 @@
+/* Micro-kernels of recurrences that keep channels apart: lanes of a vector are channels, tokens go by one after another. */
+#ifndef ATTN_KERNEL_SCAN_H
+#define ATTN_KERNEL_SCAN_H
+
+#include "kernel/dispatch.h"
+#include <stdint.h>
+
+/* h[s] = lam h[s] + gain v b[s], o = sum over s of h[s] c[s] + skip v, for each of `channels` channels with `states` states each. */
+typedef struct attn_scan {
+    int64_t n, channels, states, ld, ld_gain; /* between tokens' rows of v, lam and o; of gain */
+    const float *v, *gain; /* rows of channels; gain may be NULL (1) */
+    const float *lam;      /* rows of channels; or NULL, and then lam = 2^(gain rate[s]) */
+    const float *rate;     /* [states][channels] */
+    const float *b, *c;    /* [n][states]; both NULL with lam: ones */
+    const float *skip;     /* [channels] or NULL */
+    float *h;              /* [states][channels]: the state before, and after */
+    float *o;
+} attn_scan;
+
+typedef struct attn_scan_kernels {
+    void (*scan)(const attn_scan *x);
+    /* out[t] = g[t] out[t-1] + (1 - g[t]) x[t], rows of `channels` numbers, ld apart; before: the row before the first one, NULL: 0. */
+    void (*average)(int64_t n, int64_t channels, int64_t ld, const float *x, const float *g, const float *before, float *out);
+    /* Its backward: a[t] += g[t+1] a[t+1] from the last token on, then grad_x[t] = (1 - g[t]) a[t] and grad_g[t] (add: +=)
+     * a[t] (out[t-1] - x[t]). a is used up; grad_x may be a; before as above. */
+    void (*average_back)(int64_t n, int64_t channels, const float *x, const float *g, const float *before, const float *out, float *a,
+                         float *grad_x, float *grad_g, int add);
+} attn_scan_kernels;
+
+ATTN_KERNEL_TABLES(attn_scan_kernels, attn_scan_kernels_table);
+
+/* For this machine, or what ATTN_ISA asks for. */
+static inline const attn_scan_kernels *attn_scan_kernels_get(void)
+{
+    return ATTN_KERNEL_SELECT(attn_scan_kernels_table, attn_isa_current());
+}
+
+#endif
