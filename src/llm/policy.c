@@ -536,7 +536,8 @@ static attn_status run_renumbered(const head_run *r, int64_t first)
     attn_dense_inputs in = {.q = attn_tensor_make(turned, ATTN_F32, 4, shape),
                             .k = head_range(&call->k, r->kv, r->kv_count, 0, sinks),
                             .v = head_range(&call->v, r->kv, r->kv_count, 0, sinks)};
-    ATTN_TRY(attn_dense_forward(&settings, &in, &beside_view, &beside_lse, &call->exec));
+    attn_exec few = {.threads = rows <= 8 ? 1 : call->exec.threads, .arena = arena}; /* sinks are too few to share among threads */
+    ATTN_TRY(attn_dense_forward(&settings, &in, &beside_view, &beside_lse, &few));
     settings.causal = 1;
     settings.window[0] = r->m->recent - 1;
     in.q = q;
