@@ -219,6 +219,13 @@ static void davit(void **unused)
     opcheck_input(&window, "pad_k", SHAPE(2, 5));
     opcheck_input(&window, "pad_v", SHAPE(2, 4));
     opcheck_run(&window, 1e-2);
+    for (int heads = 0; heads < 3; heads += 2) { /* no heads, no batch */
+        opcheck_case none = {.spec = "davit.window:grid=[2,2],window=2"};
+        opcheck_input(&none, "q", SHAPE(heads == 0, heads, 4, 5));
+        opcheck_input(&none, "k", SHAPE(heads == 0, heads, 4, 5));
+        opcheck_input(&none, "v", SHAPE(heads == 0, heads, 4, 5));
+        opcheck_run(&none, 1e-2);
+    }
     opcheck_case channel = {.spec = "davit.channel", .seed = 10};
     opcheck_uniform(&channel, "q", SHAPE(2, 2, 60, 7), -0.4, 0.4);
     opcheck_uniform(&channel, "k", SHAPE(2, 2, 60, 5), -0.4, 0.4);

@@ -234,6 +234,11 @@ static void errors(void **unused)
     opcheck_case permute = {.spec = "neighborhood.permute:grid=[5],tile=0"};
     opcheck_input(&permute, "x", SHAPE(1, 5, 2));
     opcheck_fails(&permute, ATTN_ERR_ARGUMENT, "tile");
+    opcheck_case slots = {.spec = "neighborhood.permute:grid=[1,1,1],tile=1,dilation=1048576"};
+    opcheck_input(&slots, "x", SHAPE(1, 1, 0));
+    opcheck_fails(&slots, ATTN_ERR_ARGUMENT, "too many slots");
+    opcheck_case pairs = {.spec = "neighborhood.simulate:grid=[65536,65536],kernel=1,q_tile=1,kv_tile=1"};
+    opcheck_fails(&pairs, ATTN_ERR_ARGUMENT, "too many pairs");
     opcheck_case mask = {.spec = "neighborhood.mask:grid=[5],kernel=3,stride=4"};
     opcheck_fails(&mask, ATTN_ERR_ARGUMENT, "stride");
     opcheck_case tiles = {.spec = "neighborhood.simulate:grid=[5,5],kernel=3,q_tile=[2,2,2],kv_tile=2"};

@@ -303,6 +303,9 @@ attn_status attn_windows_forward(const attn_windows *w, attn_arena *arena, int t
 {
     problem p;
     worker *workers;
+    if (w->heads == 0) {
+        return ATTN_OK;
+    }
     ATTN_TRY(make_problem(&p, w, arena));
     ATTN_TRY(make_workers(&p, &workers, arena, threads, 0));
     int64_t blocks = p.blocks[0] * p.blocks[1], tasks = w->batch * w->kv_heads * blocks;
@@ -493,9 +496,12 @@ attn_status attn_windows_backward(const attn_windows *w, const attn_windows_grad
     problem p;
     worker *workers;
     stripe *stripes;
+    int64_t pairs = w->batch * w->kv_heads;
+    if (w->heads == 0 || pairs == 0) {
+        return ATTN_OK;
+    }
     ATTN_TRY(make_problem(&p, w, arena));
     ATTN_TRY(make_workers(&p, &workers, arena, threads, 1));
-    int64_t pairs = w->batch * w->kv_heads;
     int64_t per_pair = pairs >= MOST_STRIPES ? 1 : attn_min_i64(p.blocks[0], MOST_STRIPES / pairs);
     ATTN_TRY(make_stripes(&p, grad, &stripes, per_pair, arena));
 #pragma omp parallel for schedule(dynamic, 1) num_threads(threads) if (threads > 1)

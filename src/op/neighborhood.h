@@ -13,10 +13,10 @@ typedef struct attn_na_params {
 } attn_na_params;
 
 #define ATTN_NA_PATTERN_PARAMS                                                                                         \
-    ATTN_P_LIST(INTS, "grid", attn_na_params, grid, NULL, 1, INFINITY, 1, 3, "positions per axis; their product is N"), \
-        ATTN_P_LIST(INTS, "kernel", attn_na_params, kernel, NULL, 1, INFINITY, 1, 3, "window size per axis, or one for all"), \
-        ATTN_P_LIST(INTS, "stride", attn_na_params, stride, "1", 1, INFINITY, 1, 3, "queries that share a window; at most kernel"), \
-        ATTN_P_LIST(INTS, "dilation", attn_na_params, dilation, "1", 1, INFINITY, 1, 3, "distance between keys of a window"), \
+    ATTN_P_LIST(INTS, "grid", attn_na_params, grid, NULL, 1, ATTN_MOST_EXTENT, 1, 3, "positions per axis; their product is N"), \
+        ATTN_P_LIST(INTS, "kernel", attn_na_params, kernel, NULL, 1, ATTN_MOST_EXTENT, 1, 3, "window size per axis, or one for all"), \
+        ATTN_P_LIST(INTS, "stride", attn_na_params, stride, "1", 1, ATTN_MOST_EXTENT, 1, 3, "queries that share a window; at most kernel"), \
+        ATTN_P_LIST(INTS, "dilation", attn_na_params, dilation, "1", 1, ATTN_MOST_EXTENT, 1, 3, "distance between keys of a window"), \
         ATTN_P_LIST(BOOLS, "causal", attn_na_params, causal, "false", 0, 1, 1, 3, "per axis: later keys are invisible")
 
 typedef struct attn_na_axis {

@@ -130,9 +130,9 @@ const attn_op_class attn_op_neighborhood_merge = {
 /* ---- neighborhood.permute ---- */
 
 static const attn_param_info permute_param_table[] = {
-    ATTN_P_LIST(INTS, "grid", attn_na_params, grid, NULL, 1, INFINITY, 1, 3, "positions per axis; their product is N"),
-    ATTN_P_LIST(INTS, "tile", attn_na_params, tile, NULL, 1, INFINITY, 1, 3, "positions of a tile per axis, or one for all"),
-    ATTN_P_LIST(INTS, "dilation", attn_na_params, dilation, "1", 1, INFINITY, 1, 3, "distance between members of a group"),
+    ATTN_P_LIST(INTS, "grid", attn_na_params, grid, NULL, 1, ATTN_MOST_EXTENT, 1, 3, "positions per axis; their product is N"),
+    ATTN_P_LIST(INTS, "tile", attn_na_params, tile, NULL, 1, ATTN_MOST_STEP, 1, 3, "positions of a tile per axis, or one for all"),
+    ATTN_P_LIST(INTS, "dilation", attn_na_params, dilation, "1", 1, ATTN_MOST_STEP, 1, 3, "distance between members of a group"),
 };
 
 enum { P_X, P_Y, P_INDEX };
@@ -161,11 +161,10 @@ static attn_status permute_setup(const attn_call *call, order *o)
         o->n[axis] = p->grid.items[axis];
         o->tile[axis] = p->tile.items[p->tile.count > 1 ? axis : 0];
         o->dilation[axis] = p->dilation.items[p->dilation.count > 1 ? axis : 0];
-        if (o->tile[axis] > INT32_MAX || o->dilation[axis] > INT32_MAX) {
-            return attn_fail(ATTN_ERR_ARGUMENT, "tile and dilation are %lld and %lld on axis %d, expected less than 2^31",
-                             (long long)o->tile[axis], (long long)o->dilation[axis], axis);
-        }
         o->tiles[axis] = attn_ceil_div(o->n[axis], o->tile[axis] * o->dilation[axis]);
+        if (o->tiles[axis] * o->tile[axis] * o->dilation[axis] > INT64_MAX / 4096 / (o->groups * o->slots)) {
+            return attn_fail(ATTN_ERR_ARGUMENT, "grid, tile and dilation make too many slots");
+        }
         o->groups *= o->dilation[axis];
         o->slots *= o->tiles[axis] * o->tile[axis];
         tokens *= o->n[axis];
@@ -249,13 +248,13 @@ enum { KV_STATIC, KV_DYNAMIC };
 
 static const attn_param_info simulate_param_table[] = {
     ATTN_NA_PATTERN_PARAMS,
-    ATTN_P_LIST(INTS, "q_tile", attn_na_params, q_tile, NULL, 1, INFINITY, 1, 3, "query tile per axis"),
-    ATTN_P_LIST(INTS, "kv_tile", attn_na_params, kv_tile, NULL, 1, INFINITY, 1, 3, "key tile per axis"),
+    ATTN_P_LIST(INTS, "q_tile", attn_na_params, q_tile, NULL, 1, ATTN_MOST_STEP, 1, 3, "query tile per axis"),
+    ATTN_P_LIST(INTS, "kv_tile", attn_na_params, kv_tile, NULL, 1, ATTN_MOST_STEP, 1, 3, "key tile per axis"),
     ATTN_P_CHOICE("tiling", attn_na_params, tiling, "multi", "multi|single",
                   "tiles of the grid, or of consecutive tokens (of the products of q_tile and kv_tile)"),
     ATTN_P_CHOICE("kv_start", attn_na_params, kv_start, "static", "static|dynamic",
                   "key tiles at multiples of the tile, or from the first key that the query tile needs"),
-    ATTN_P_INT("extra", attn_na_params, extra, "0", 0, INFINITY, "additional keys that every query sees"),
+    ATTN_P_INT("extra", attn_na_params, extra, "0", 0, ATTN_MOST_EXTENT, "additional keys that every query sees"),
 };
 
 enum { VISITED, TILES_VISITED, TILES_MASKED, TILES_DENSE, PAIRS, BLOCK_SPARSE, SPEEDUP, FLOP_SPEEDUP, EFFICIENCY };
@@ -302,22 +301,24 @@ static attn_status simulate_setup(const attn_call *call, simulation *s)
     for (int axis = 0; axis < s->na.rank; axis++) {
         s->tq[axis] = p->q_tile.items[p->q_tile.count > 1 ? axis : 0];
         s->tk[axis] = p->kv_tile.items[p->kv_tile.count > 1 ? axis : 0];
-        if (s->tq[axis] > 1 << 20 || s->tk[axis] > 1 << 20) {
-            return attn_fail(ATTN_ERR_ARGUMENT, "q_tile = %lld and kv_tile = %lld on axis %d, expected at most 2^20", (long long)s->tq[axis],
-                             (long long)s->tk[axis], axis);
-        }
         s->q_area *= s->tq[axis];
         s->k_area *= s->tk[axis];
         s->groups *= s->na.axis[axis].dilation;
     }
-    for (int64_t g = 0; g < s->groups; g++) {
-        int64_t group[3] = {0}, length[3] = {0}, tiles = 1, tokens = 1;
-        group_of(s, g, group, length);
+    if ((double)s->na.tokens * ((double)s->na.tokens + (double)s->extra) > (double)(INT64_MAX / 2)) {
+        return attn_fail(ATTN_ERR_ARGUMENT, "grid and extra make too many pairs");
+    }
+    /* The groups of an axis have one of two lengths, n / d or one more: of up to eight kinds of groups there are `count` each. */
+    for (int kind = 0; kind < 1 << s->na.rank; kind++) {
+        int64_t count = 1, tiles = 1, tokens = 1;
         for (int axis = 0; axis < s->na.rank; axis++) {
-            tiles *= attn_ceil_div(length[axis], s->tq[axis]);
-            tokens *= length[axis];
+            const attn_na_axis *a = &s->na.axis[axis];
+            int64_t longer = kind >> axis & 1, length = a->n / a->dilation + longer;
+            count *= longer ? a->n % a->dilation : a->dilation - a->n % a->dilation;
+            tiles *= attn_ceil_div(length, s->tq[axis]);
+            tokens *= length;
         }
-        s->query_tiles += s->single ? attn_ceil_div(tokens, s->q_area) : tiles;
+        s->query_tiles += count * (s->single ? attn_ceil_div(tokens, s->q_area) : tiles);
     }
     return ATTN_OK;
 }
@@ -458,7 +459,7 @@ static attn_status simulate_forward(attn_call *call)
     attn_bool(call->t[BLOCK_SPARSE])[0] = masked == 0;
     attn_f32(call->t[SPEEDUP])[0] = (float)((double)dense / (double)total);
     attn_f32(call->t[FLOP_SPEEDUP])[0] = (float)((double)n * (double)(n + s.extra) / (double)pairs);
-    attn_f32(call->t[EFFICIENCY])[0] = (float)((double)pairs / ((double)total * (double)(s.q_area * s.k_area)));
+    attn_f32(call->t[EFFICIENCY])[0] = (float)((double)pairs / ((double)total * (double)s.q_area * (double)s.k_area));
     return ATTN_OK;
 }
 
