@@ -1,5 +1,6 @@
 /* Window attention. A task is one block of one key head: its window as a panel, the block's queries of all heads of the group as rows.
- * Big windows go through the online softmax a few window rows at a time. Backward works on stripes of blocks, each with its own sum of
+ * Slots outside the image that are all alike, because there are no relative tables, are one key with its number as weight. Big windows
+ * go through the online softmax a few window rows at a time. Backward works on stripes of blocks, each with its own sum of
  * key and value gradients; how the image is cut into stripes does not depend on the threads. */
 #include "exec/windows.h"
 #include "exec/softmax.h"
@@ -11,19 +12,21 @@
 #include <string.h>
 
 #define STEP_KEYS 512  /* keys of a step of the online softmax: whole window rows, at least one */
-#define ROWS 48        /* query rows that go through a step together */
+#define ROWS 24        /* query rows that go through a step together */
+#define BACK_ROWS 64   /* in backward, where each pass of rows adds to the gradients of all keys */
 #define MOST_STRIPES 8 /* of the image in backward */
 
 typedef struct problem {
     const attn_windows *w;
     const attn_tile_kernels *kernels;
-    int64_t group, d_pad, dv_pad;
+    int64_t group, d_pad, dv_pad, rows;
     int64_t blocks[2], window[2], out[2], per_block; /* queries of a whole block */
-    int64_t step_rows, step_keys, keys, keys_pad; /* window rows of a step; keys of a step, of a window; up to whole panels */
+    int64_t step_rows, step_keys; /* window rows of a step; its keys, up to whole panels */
     int64_t rel_count[2], rel_pad[2];
     float *rel[2];      /* packed tables [rel_pad * d], times their factor */
-    float *rel_rows[2]; /* the same as rows [rel_count][d_pad], for backward */
+    float *rel_rows[2]; /* the same as rows [rel_pad][d_pad], for backward */
     float factor;       /* of the scores, in base 2 */
+    int all_slots;      /* slots outside the image are keys one by one */
 } problem;
 
 static int64_t up(int64_t count, int64_t unit) { return attn_ceil_div(count, unit) * unit; }
@@ -32,11 +35,7 @@ static void pack(const attn_tile_kernels *kernels, float *to, const float *from,
 {
     int64_t nr = kernels->nr;
     for (int64_t j = 0; j < rows; j += nr, to += width * nr) {
-        int64_t count = attn_min_i64(nr, rows - j);
-        if (count < nr) {
-            memset(to, 0, (size_t)(width * nr) * sizeof *to);
-        }
-        kernels->pack_transposed(to, nr, from + j * stride, ATTN_F32, stride, count, width);
+        kernels->pack_transposed(to, nr, from + j * stride, ATTN_F32, stride, attn_min_i64(nr, rows - j), width);
     }
 }
 
@@ -46,55 +45,64 @@ static attn_status make_tables(problem *p, attn_arena *arena)
     const float *tables[2] = {w->rel_h, w->rel_w};
     float factor = (float)(ATTN_LOG2E * (w->scale_relative ? w->scale : 1));
     for (int axis = 0; axis < 2 && w->rel_h != NULL; axis++) {
-        int64_t count = p->rel_count[axis];
-        float *rows = attn_arena_array(arena, (size_t)count, (size_t)p->d_pad * sizeof *rows);
-        p->rel[axis] = attn_arena_array(arena, (size_t)p->rel_pad[axis], (size_t)w->d * sizeof(float));
+        int64_t padded = p->rel_pad[axis];
+        float *rows = attn_arena_array(arena, (size_t)padded, (size_t)p->d_pad * sizeof *rows);
+        p->rel[axis] = attn_arena_array(arena, (size_t)up(padded, p->kernels->nr), (size_t)w->d * sizeof(float));
         if (rows == NULL || p->rel[axis] == NULL) {
-            return attn_fail_memory((size_t)(count * p->d_pad) * sizeof *rows);
+            return attn_fail_memory((size_t)(padded * p->d_pad) * sizeof *rows);
         }
-        memset(rows, 0, (size_t)(count * p->d_pad) * sizeof *rows);
-        for (int64_t r = 0; r < count; r++) {
+        memset(rows, 0, (size_t)(padded * p->d_pad) * sizeof *rows);
+        for (int64_t r = 0; r < p->rel_count[axis]; r++) {
             p->kernels->load_row(rows + r * p->d_pad, tables[axis] + r * w->d, ATTN_F32, w->d, factor);
         }
-        pack(p->kernels, p->rel[axis], rows, p->d_pad, count, w->d);
+        pack(p->kernels, p->rel[axis], rows, p->d_pad, padded, w->d);
         p->rel_rows[axis] = rows;
     }
     return ATTN_OK;
 }
 
-static attn_status make_problem(problem *p, const attn_windows *w, attn_arena *arena)
+static attn_status make_problem(problem *p, const attn_windows *w, int64_t rows, attn_arena *arena)
 {
     const attn_tile_kernels *kernels = attn_tile_kernels_get();
     *p = (problem){.w = w, .kernels = kernels, .group = w->heads / w->kv_heads, .d_pad = up(w->d, kernels->vw),
-                   .dv_pad = up(w->dv, kernels->vw), .per_block = 1, .keys = 1, .factor = (float)(w->scale * ATTN_LOG2E)};
+                   .dv_pad = up(w->dv, kernels->vw), .per_block = 1, .factor = (float)(w->scale * ATTN_LOG2E),
+                   .all_slots = !w->masked && w->rel_h != NULL};
+    int64_t most[2];
     for (int axis = 0; axis < 2; axis++) {
         p->blocks[axis] = attn_ceil_div(w->grid[axis], w->block[axis]);
         p->window[axis] = attn_windows_extent(w, axis);
         p->out[axis] = attn_windows_out(w, axis);
-        p->per_block *= w->block[axis] / w->stride[axis];
-        p->keys *= p->window[axis];
+        p->per_block *= attn_min_i64(attn_ceil_div(w->block[axis], w->stride[axis]), p->out[axis]);
         p->rel_count[axis] = 2 * p->window[axis] - 1;
-        p->rel_pad[axis] = up(p->rel_count[axis], kernels->nr);
+        p->rel_pad[axis] = up(p->rel_count[axis], kernels->vw);
+        most[axis] = p->all_slots ? p->window[axis] : attn_min_i64(p->window[axis], w->grid[axis]);
     }
-    p->step_rows = attn_max_i64(1, STEP_KEYS / p->window[1]);
-    p->step_keys = up(attn_min_i64(p->step_rows, p->window[0]) * p->window[1], kernels->nr);
-    p->keys_pad = p->keys + kernels->nr * 2;
+    p->rows = attn_min_i64(rows, p->per_block * p->group);
+    p->step_rows = attn_max_i64(1, STEP_KEYS / most[1]);
+    p->step_keys = up(attn_min_i64(p->step_rows, most[0]) * most[1] + 1, kernels->nr);
     return make_tables(p, arena);
 }
 
 /* ---- One block ---- */
 
-/* A block's part of its window: rows [top, bottom) and columns [left, right); in the image only, when slots outside are left out. */
+/* A block's part of its window: rows [top, bottom) and columns [left, right), in the image unless all slots are keys. */
 typedef struct window {
     int64_t y, x; /* pixel of slot (0, 0) */
     int64_t top, bottom, left, right;
+    int64_t outside; /* slots that are one key, after the last row */
 } window;
 
+/* A query row of a block: head of the group, place in the block, output token. */
+typedef struct query {
+    int64_t head, i, j, token;
+} query;
+
 typedef struct worker {
+    query *at;             /* [rows] */
     float *rows;           /* a step's keys as rows, before packing [step_keys][d_pad] */
     float *k, *v;          /* panels of a step, and its values [step_keys][dv_pad] */
-    float *q, *o, *m, *l, *alpha; /* [ROWS] rows */
-    float *s, *rel[2];     /* [ROWS][step_keys], [ROWS][rel_pad] */
+    float *q, *o, *m, *l, *alpha, *last; /* [rows] rows; last: scores of a key that is not packed */
+    float *s, *rel[2];     /* [rows][step_keys], [rows][rel_pad] */
     /* Backward only. */
     float *v_packed, *ds, *grad_o, *dq, *dk, *dv, *grad_rel[2];
 } worker;
@@ -104,40 +112,63 @@ static window window_of(const problem *p, int64_t block)
     const attn_windows *w = p->w;
     window at = {.y = block / p->blocks[1] * w->block[0] - w->halo[0], .x = block % p->blocks[1] * w->block[1] - w->halo[1],
                  .bottom = p->window[0], .right = p->window[1]};
-    if (w->masked) {
+    if (!p->all_slots) {
         at.top = attn_max_i64(0, -at.y);
         at.left = attn_max_i64(0, -at.x);
         at.bottom = attn_min_i64(at.bottom, w->grid[0] - at.y);
         at.right = attn_min_i64(at.right, w->grid[1] - at.x);
+        at.outside = w->masked ? 0 : p->window[0] * p->window[1] - (at.bottom - at.top) * (at.right - at.left);
     }
     return at;
 }
 
-/* Window rows [first, end) of keys or values as rows of `pad` numbers; `outside` (NULL: zeros) is what slots outside the image hold. */
+/* Keys of window rows [first, end); the last step has the one for all slots outside too. */
+static int64_t keys_of(const window *at, int64_t first, int64_t end)
+{
+    return (end - first) * (at->right - at->left) + (end == at->bottom && at->outside > 0);
+}
+
+static void load_rows(const problem *p, float *to, int64_t pad, const float *from, int64_t stride, int64_t rows, int64_t width, float factor)
+{
+    if (width == pad && stride == width) {
+        p->kernels->load_row(to, from, ATTN_F32, rows * width, factor);
+        return;
+    }
+    for (int64_t r = 0; r < rows; r++, to += pad, from += stride) {
+        p->kernels->load_row(to, from, ATTN_F32, width, factor);
+        memset(to + width, 0, (size_t)(pad - width) * sizeof *to);
+    }
+}
+
+static float *row_of(const attn_windows_view *view, int64_t b, int64_t h, int64_t token)
+{
+    return view->data + b * view->batch + h * view->head + token * view->token;
+}
+
+/* Window rows [first, end) of keys or values as rows of `pad` numbers, zero rows up to whole vectors; `outside` (NULL: zeros) is what
+ * slots outside the image hold. */
 static void gather(const problem *p, const attn_windows_view *from, const float *outside, int64_t b, int64_t h, const window *at,
                    int64_t first, int64_t end, int64_t width, int64_t pad, float factor, float *to)
 {
     const int64_t *grid = p->w->grid;
-    const float *base = from->data + b * from->batch + h * from->head;
-    for (int64_t a = first; a < end; a++) {
+    int64_t left = attn_max_i64(at->left, -at->x), right = attn_min_i64(at->right, grid[1] - at->x), keys = keys_of(at, first, end);
+    int64_t before = (left - at->left) * pad, after = (at->right - right) * pad, across = (at->right - at->left) * pad;
+    float *stop = to + up(keys, p->kernels->vw) * pad;
+    for (int64_t a = first; a < end; a++, to += across) {
         int64_t y = at->y + a;
-        for (int64_t c = at->left; c < at->right; c++, to += pad) {
-            int64_t x = at->x + c;
-            int inside = y >= 0 && y < grid[0] && x >= 0 && x < grid[1];
-            if (!inside && outside == NULL) {
-                memset(to, 0, (size_t)pad * sizeof *to);
-                continue;
-            }
-            p->kernels->load_row(to, inside ? base + (y * grid[1] + x) * from->token : outside + h * width, ATTN_F32, width, factor);
-            memset(to + width, 0, (size_t)(pad - width) * sizeof *to);
+        if (y < 0 || y >= grid[0]) {
+            memset(to, 0, (size_t)across * sizeof *to);
+            continue;
         }
+        memset(to, 0, (size_t)before * sizeof *to);
+        load_rows(p, to + before, pad, row_of(from, b, h, y * grid[1] + at->x + left), from->token, right - left, width, factor);
+        memset(to + across - after, 0, (size_t)after * sizeof *to);
+    }
+    memset(to, 0, (size_t)(stop - to) * sizeof *to);
+    if (end == at->bottom && at->outside > 0 && outside != NULL) {
+        p->kernels->load_row(to, outside + h * width, ATTN_F32, width, factor);
     }
 }
-
-/* A query row of a block: head of the group, place in the block, output token. */
-typedef struct query {
-    int64_t head, i, j, token;
-} query;
 
 /* Queries of the block that lie in the image, for one head: rows * columns. */
 static void block_queries(const problem *p, int64_t block, int64_t count[2])
@@ -149,32 +180,29 @@ static void block_queries(const problem *p, int64_t block, int64_t count[2])
     }
 }
 
-static query query_at(const problem *p, int64_t block, const int64_t count[2], int64_t row)
-{
-    const attn_windows *w = p->w;
-    int64_t each = count[0] * count[1], rest = row % each;
-    query q = {.head = row / each, .i = rest / count[1], .j = rest % count[1]};
-    int64_t y = block / p->blocks[1] * (w->block[0] / w->stride[0]) + q.i, x = block % p->blocks[1] * (w->block[1] / w->stride[1]) + q.j;
-    q.token = y * p->out[1] + x;
-    return q;
-}
-
-static float *row_of(const attn_windows_view *view, int64_t b, int64_t h, int64_t token)
-{
-    return view->data + b * view->batch + h * view->head + token * view->token;
-}
-
-/* Query rows first ... of a block as they are (not scaled), and their products with the relative tables. */
+/* Query rows first ... of a block: where they are, they themselves (not scaled), and their products with the relative tables. */
 static void load_queries(const problem *p, worker *t, int64_t b, int64_t kv, int64_t block, const int64_t count[2], int64_t first,
                          int64_t rows)
 {
-    for (int64_t r = 0; r < rows; r++) {
-        query at = query_at(p, block, count, first + r);
-        memcpy(t->q + r * p->d_pad, row_of(&p->w->q, b, kv * p->group + at.head, at.token), (size_t)p->w->d * sizeof(float));
-        memset(t->q + r * p->d_pad + p->w->d, 0, (size_t)(p->d_pad - p->w->d) * sizeof(float));
+    const attn_windows *w = p->w;
+    int64_t y = block / p->blocks[1] * (w->block[0] / w->stride[0]), x = block % p->blocks[1] * (w->block[1] / w->stride[1]);
+    query at = {.head = first / (count[0] * count[1]), .i = first / count[1] % count[0], .j = first % count[1]};
+    for (int64_t r = 0; r < rows;) {
+        int64_t run = attn_min_i64(rows - r, count[1] - at.j);
+        at.token = (y + at.i) * p->out[1] + x + at.j;
+        load_rows(p, t->q + r * p->d_pad, p->d_pad, row_of(&w->q, b, kv * p->group + at.head, at.token), w->q.token, run, w->d, 1);
+        for (int64_t end = r + run; r < end; r++, at.j++, at.token++) {
+            t->at[r] = at;
+        }
+        at.j = 0;
+        at.i++;
+        if (at.i == count[0]) {
+            at.i = 0;
+            at.head++;
+        }
     }
     for (int axis = 0; axis < 2 && p->rel[axis] != NULL; axis++) {
-        p->kernels->product(rows, p->rel_pad[axis], p->w->d, t->q, p->d_pad, 1, p->rel[axis], p->kernels->nr, p->w->d * p->kernels->nr,
+        p->kernels->product(rows, p->rel_pad[axis], w->d, t->q, p->d_pad, 1, p->rel[axis], p->kernels->nr, w->d * p->kernels->nr,
                             t->rel[axis], p->rel_pad[axis], 0);
     }
 }
@@ -182,23 +210,37 @@ static void load_queries(const problem *p, worker *t, int64_t b, int64_t kv, int
 /* Where slot (0, 0) lies in a query's row of the relative tables. */
 static int64_t relative_base(const problem *p, int axis, int64_t place) { return p->window[axis] - 1 - place * p->w->step[axis]; }
 
-/* Scores of some rows in base 2 over window rows [first, end): s [rows][step_keys], columns past the keys -inf. The number of keys. */
-static int64_t score(const problem *p, worker *t, int64_t block, const int64_t count[2], int64_t row, int64_t rows, const window *at,
-                     int64_t first, int64_t end)
+/* Keys of a step that go through the panels: all, or all but a single one beyond whole vectors, as in windows of 7 x 7. */
+static int64_t packed_keys(const problem *p, int64_t keys)
 {
-    int64_t across = at->right - at->left, keys = (end - first) * across, padded = up(keys, p->kernels->vw);
-    p->kernels->product(rows, padded, p->w->d, t->q, p->d_pad, 1, t->k, p->kernels->nr, p->w->d * p->kernels->nr, t->s, p->step_keys, 0);
+    int64_t vw = p->kernels->vw;
+    return keys > vw && keys % vw == 1 ? keys - 1 : up(keys, vw);
+}
+
+/* Scores of some rows in base 2 over window rows [first, end): s [rows][step_keys], columns past the keys -inf. The number of keys. */
+static int64_t score(const problem *p, worker *t, int64_t rows, const window *at, int64_t first, int64_t end)
+{
+    const attn_tile_kernels *kernels = p->kernels;
+    int64_t across = at->right - at->left, keys = keys_of(at, first, end), padded = up(keys, kernels->vw), packed = packed_keys(p, keys);
+    kernels->product(rows, packed, p->w->d, t->q, p->d_pad, 1, t->k, kernels->nr, p->w->d * kernels->nr, t->s, p->step_keys, 0);
+    if (packed < keys) { /* the last key's scores with all rows, as one row */
+        kernels->decode_scores(t->last, rows, t->rows + packed * p->d_pad, p->d_pad, 1, t->q, ATTN_F32, p->d_pad, rows, p->w->d);
+    }
+    float weight = end == at->bottom && at->outside > 0 ? log2f((float)at->outside) : 0;
     for (int64_t r = 0; r < rows; r++) {
         float *s = t->s + r * p->step_keys;
+        if (packed < keys) {
+            s[packed] = t->last[r];
+        }
+        s[keys - 1] += weight;
         for (int64_t i = keys; i < padded; i++) {
             s[i] = -INFINITY;
         }
         if (p->rel[0] == NULL) {
             continue;
         }
-        query q = query_at(p, block, count, row + r);
-        const float *by_row = t->rel[0] + r * p->rel_pad[0] + relative_base(p, 0, q.i);
-        const float *by_column = t->rel[1] + r * p->rel_pad[1] + relative_base(p, 1, q.j) + at->left;
+        const float *by_row = t->rel[0] + r * p->rel_pad[0] + relative_base(p, 0, t->at[r].i);
+        const float *by_column = t->rel[1] + r * p->rel_pad[1] + relative_base(p, 1, t->at[r].j) + at->left;
         for (int64_t a = first; a < end; a++, s += across) {
             float up_by = by_row[a];
             for (int64_t c = 0; c < across; c++) {
@@ -209,25 +251,27 @@ static int64_t score(const problem *p, worker *t, int64_t block, const int64_t c
     return keys;
 }
 
-static void load_keys(const problem *p, worker *t, int64_t b, int64_t kv, const window *at, int64_t first, int64_t end)
+/* A step's keys in t->rows and packed, its values in t->v. */
+static void load_step(const problem *p, worker *t, int64_t b, int64_t kv, const window *at, int64_t first, int64_t end)
 {
-    int64_t keys = (end - first) * (at->right - at->left);
-    gather(p, &p->w->k, p->w->pad_k, b, kv, at, first, end, p->w->d, p->d_pad, p->factor, t->rows);
-    pack(p->kernels, t->k, t->rows, p->d_pad, keys, p->w->d);
+    const attn_windows *w = p->w;
+    gather(p, &w->k, w->pad_k, b, kv, at, first, end, w->d, p->d_pad, p->factor, t->rows);
+    pack(p->kernels, t->k, t->rows, p->d_pad, packed_keys(p, keys_of(at, first, end)), w->d);
+    gather(p, &w->v, w->pad_v, b, kv, at, first, end, w->dv, p->dv_pad, 1, t->v);
 }
 
 static void attend(const problem *p, worker *t, int64_t b, int64_t kv, int64_t block)
 {
+    const attn_windows *w = p->w;
     const attn_tile_kernels *kernels = p->kernels;
     window at = window_of(p, block);
     int64_t count[2], all;
     block_queries(p, block, count);
     all = p->group * count[0] * count[1];
     int single = at.bottom - at.top <= p->step_rows; /* one step holds the whole window: it is gathered once for all rows */
-    for (int64_t row = 0; row < all; row += ROWS) {
-        int64_t rows = attn_min_i64(ROWS, all - row);
+    for (int64_t row = 0; row < all; row += p->rows) {
+        int64_t rows = attn_min_i64(p->rows, all - row);
         load_queries(p, t, b, kv, block, count, row, rows);
-        memset(t->o, 0, (size_t)(rows * p->dv_pad) * sizeof(float));
         for (int64_t r = 0; r < rows; r++) {
             t->m[r] = -INFINITY;
             t->l[r] = 0;
@@ -235,25 +279,22 @@ static void attend(const problem *p, worker *t, int64_t b, int64_t kv, int64_t b
         for (int64_t first = at.top; first < at.bottom; first += p->step_rows) {
             int64_t end = attn_min_i64(first + p->step_rows, at.bottom);
             if (!single || row == 0) {
-                load_keys(p, t, b, kv, &at, first, end);
-                gather(p, &p->w->v, p->w->pad_v, b, kv, &at, first, end, p->w->dv, p->dv_pad, 1, t->v);
+                load_step(p, t, b, kv, &at, first, end);
             }
-            int64_t keys = score(p, t, block, count, row, rows, &at, first, end);
+            int64_t keys = score(p, t, rows, &at, first, end);
             kernels->softmax(rows, t->s, p->step_keys, up(keys, kernels->vw), t->m, t->l, t->alpha);
-            for (int64_t r = 0; r < rows; r++) {
+            for (int64_t r = 0; r < rows && first > at.top; r++) {
                 if (t->alpha[r] != 1.0f) {
                     kernels->scale(t->o + r * p->dv_pad, p->dv_pad, t->alpha[r]);
                 }
             }
-            kernels->product(rows, p->dv_pad, keys, t->s, p->step_keys, 1, t->v, p->dv_pad, kernels->nr, t->o, p->dv_pad, 1);
+            kernels->product(rows, p->dv_pad, keys, t->s, p->step_keys, 1, t->v, p->dv_pad, kernels->nr, t->o, p->dv_pad, first > at.top);
         }
         for (int64_t r = 0; r < rows; r++) {
-            query q = query_at(p, block, count, row + r);
-            int64_t head = kv * p->group + q.head;
-            kernels->scale(t->o + r * p->dv_pad, p->w->dv, 1 / t->l[r]);
-            memcpy(row_of(&p->w->o, b, head, q.token), t->o + r * p->dv_pad, (size_t)p->w->dv * sizeof(float));
-            if (p->w->lse != NULL) {
-                p->w->lse[(b * p->w->heads + head) * p->out[0] * p->out[1] + q.token] = attn_softmax_lse(t->m[r], t->l[r]);
+            int64_t head = kv * p->group + t->at[r].head, token = t->at[r].token;
+            kernels->load_row(row_of(&w->o, b, head, token), t->o + r * p->dv_pad, ATTN_F32, w->dv, 1 / t->l[r]);
+            if (w->lse != NULL) {
+                w->lse[(b * w->heads + head) * p->out[0] * p->out[1] + token] = attn_softmax_lse(t->m[r], t->l[r]);
             }
         }
     }
@@ -263,12 +304,13 @@ static attn_status make_workers(const problem *p, worker **workers, attn_arena *
 {
     worker *made = attn_arena_array(arena, (size_t)threads, sizeof *made);
     size_t keys = (size_t)p->step_keys, d = (size_t)p->d_pad, dv = (size_t)p->dv_pad, rel0 = (size_t)p->rel_pad[0],
-           rel1 = (size_t)p->rel_pad[1], slack = (size_t)p->kernels->nr;
-    size_t each = keys * (2 * d + dv) + ROWS * (d + dv + 3 + keys + rel0 + rel1) + slack * (d + dv);
-    size_t more = backward ? keys * (3 * dv + 2 * d) + ROWS * (keys + dv + d + rel0 + rel1) + slack * dv : 0;
+           rel1 = (size_t)p->rel_pad[1], slack = (size_t)p->kernels->nr, rows = (size_t)p->rows;
+    size_t each = keys * (2 * d + dv) + rows * (d + dv + 4 + keys + rel0 + rel1) + slack * (d + dv);
+    size_t more = backward ? keys * (3 * dv + 2 * d) + rows * (keys + dv + d + rel0 + rel1) + slack * dv : 0;
     for (int i = 0; i < threads && made != NULL; i++) {
         float *at = attn_arena_array(arena, each + more, sizeof *at);
-        if (at == NULL) {
+        made[i].at = attn_arena_array(arena, rows, sizeof(query));
+        if (at == NULL || made[i].at == NULL) {
             made = NULL;
             break;
         }
@@ -276,23 +318,24 @@ static attn_status make_workers(const problem *p, worker **workers, attn_arena *
         t->rows = at, at += keys * d;
         t->k = at, at += (keys + slack) * d;
         t->v = at, at += (keys + slack) * dv;
-        t->q = at, at += ROWS * d;
-        t->o = at, at += ROWS * dv;
-        t->m = at, at += ROWS;
-        t->l = at, at += ROWS;
-        t->alpha = at, at += ROWS;
-        t->s = at, at += ROWS * keys;
-        t->rel[0] = at, at += ROWS * rel0;
-        t->rel[1] = at, at += ROWS * rel1;
+        t->q = at, at += rows * d;
+        t->o = at, at += rows * dv;
+        t->m = at, at += rows;
+        t->l = at, at += rows;
+        t->alpha = at, at += rows;
+        t->last = at, at += rows;
+        t->s = at, at += rows * keys;
+        t->rel[0] = at, at += rows * rel0;
+        t->rel[1] = at, at += rows * rel1;
         if (backward) {
             t->v_packed = at, at += (keys + slack) * dv;
-            t->ds = at, at += ROWS * keys;
-            t->grad_o = at, at += ROWS * dv;
-            t->dq = at, at += ROWS * d;
+            t->ds = at, at += rows * keys;
+            t->grad_o = at, at += rows * dv;
+            t->dq = at, at += rows * d;
             t->dk = at, at += keys * d;
             t->dv = at, at += keys * dv;
-            t->grad_rel[0] = at, at += ROWS * rel0;
-            t->grad_rel[1] = at, at += ROWS * rel1;
+            t->grad_rel[0] = at, at += rows * rel0;
+            t->grad_rel[1] = at, at += rows * rel1;
         }
     }
     *workers = made;
@@ -306,7 +349,7 @@ attn_status attn_windows_forward(const attn_windows *w, attn_arena *arena, int t
     if (w->heads == 0) {
         return ATTN_OK;
     }
-    ATTN_TRY(make_problem(&p, w, arena));
+    ATTN_TRY(make_problem(&p, w, ROWS, arena));
     ATTN_TRY(make_workers(&p, &workers, arena, threads, 0));
     int64_t blocks = p.blocks[0] * p.blocks[1], tasks = w->batch * w->kv_heads * blocks;
 #pragma omp parallel for schedule(dynamic, 4) num_threads(threads) if (threads > 1 && tasks > 4)
@@ -326,12 +369,11 @@ typedef struct stripe {
     float *dk, *dv, *rel[2], *pad_k, *pad_v;
 } stripe;
 
-static void load_gradients(const problem *p, worker *t, const attn_windows_gradients *grad, int64_t b, int64_t kv, int64_t block,
-                           const int64_t count[2], int64_t row, int64_t rows)
+static void load_gradients(const problem *p, worker *t, const attn_windows_gradients *grad, int64_t b, int64_t kv, int64_t rows)
 {
     int64_t dv = p->w->dv;
     for (int64_t r = 0; r < rows; r++) {
-        query q = query_at(p, block, count, row + r);
+        query q = t->at[r];
         int64_t head = kv * p->group + q.head;
         const float *from = row_of(&grad->o, b, head, q.token), *o = row_of(&p->w->o, b, head, q.token);
         memcpy(t->grad_o + r * p->dv_pad, from, (size_t)dv * sizeof(float));
@@ -342,12 +384,11 @@ static void load_gradients(const problem *p, worker *t, const attn_windows_gradi
 }
 
 /* Sums of ds over the columns and over the rows of the window, placed in the tables' order; ds of one step is added. */
-static void sum_relative(const problem *p, worker *t, int64_t block, const int64_t count[2], int64_t row, int64_t rows, const window *at,
-                         int64_t first, int64_t end)
+static void sum_relative(const problem *p, worker *t, int64_t rows, const window *at, int64_t first, int64_t end)
 {
     int64_t across = at->right - at->left;
     for (int64_t r = 0; r < rows; r++) {
-        query q = query_at(p, block, count, row + r);
+        query q = t->at[r];
         const float *ds = t->ds + r * p->step_keys;
         float *by_row = t->grad_rel[0] + r * p->rel_pad[0] + relative_base(p, 0, q.i);
         float *by_column = t->grad_rel[1] + r * p->rel_pad[1] + relative_base(p, 1, q.j) + at->left;
@@ -362,24 +403,22 @@ static void sum_relative(const problem *p, worker *t, int64_t block, const int64
     }
 }
 
-/* Add rows of a step's key or value gradients to the stripe's sum, and those of slots outside the image to `outside`; either may be NULL. */
+/* Add rows of a step's key or value gradients to the stripe's sum, and that of the slots outside the image to `outside`; either may be
+ * NULL. */
 static void scatter(const problem *p, const stripe *to, float *sum, float *outside, const float *from, const window *at, int64_t first,
                     int64_t end, int64_t pad)
 {
     int64_t across = at->right - at->left, columns = p->w->grid[1];
     int64_t left = attn_max_i64(at->left, -at->x), right = attn_min_i64(at->right, columns - at->x);
-    for (int64_t a = first; a < end; a++) {
+    for (int64_t a = first; a < end && sum != NULL; a++) {
         int64_t y = at->y + a;
-        int row_inside = y >= 0 && y < p->w->grid[0];
-        for (int64_t c = at->left; c < at->right && outside != NULL; c++) {
-            if (!row_inside || c < left || c >= right) {
-                p->kernels->axpy(outside, from + ((a - first) * across + c - at->left) * pad, pad, 1);
-            }
-        }
-        if (sum != NULL && y >= to->top && y < to->bottom && left < right) {
+        if (y >= to->top && y < to->bottom) {
             p->kernels->axpy(sum + ((y - to->top) * columns + at->x + left) * pad, from + ((a - first) * across + left - at->left) * pad,
                              (right - left) * pad, 1);
         }
+    }
+    if (outside != NULL && end == at->bottom && at->outside > 0) {
+        p->kernels->axpy(outside, from + (end - first) * across * pad, pad, 1);
     }
 }
 
@@ -391,20 +430,23 @@ static void back_block(const problem *p, worker *t, const attn_windows_gradients
     int64_t count[2], nr = kernels->nr, d = p->w->d;
     block_queries(p, block, count);
     int64_t all = p->group * count[0] * count[1];
-    for (int64_t row = 0; row < all; row += ROWS) {
-        int64_t rows = attn_min_i64(ROWS, all - row);
+    int single = at.bottom - at.top <= p->step_rows;
+    for (int64_t row = 0; row < all; row += p->rows) {
+        int64_t rows = attn_min_i64(p->rows, all - row);
         load_queries(p, t, b, kv, block, count, row, rows);
-        load_gradients(p, t, grad, b, kv, block, count, row, rows);
+        load_gradients(p, t, grad, b, kv, rows);
         memset(t->dq, 0, (size_t)(rows * p->d_pad) * sizeof(float));
         for (int axis = 0; axis < 2 && p->rel[0] != NULL; axis++) {
             memset(t->grad_rel[axis], 0, (size_t)(rows * p->rel_pad[axis]) * sizeof(float));
         }
         for (int64_t first = at.top; first < at.bottom; first += p->step_rows) {
             int64_t end = attn_min_i64(first + p->step_rows, at.bottom);
-            load_keys(p, t, b, kv, &at, first, end);
-            gather(p, &p->w->v, p->w->pad_v, b, kv, &at, first, end, p->w->dv, p->dv_pad, 1, t->v);
-            int64_t keys = score(p, t, block, count, row, rows, &at, first, end), padded = up(keys, kernels->vw);
-            pack(kernels, t->v_packed, t->v, p->dv_pad, keys, p->w->dv);
+            int64_t keys = keys_of(&at, first, end), padded = up(keys, kernels->vw);
+            if (!single || row == 0) {
+                load_step(p, t, b, kv, &at, first, end);
+                pack(kernels, t->v_packed, t->v, p->dv_pad, padded, p->w->dv);
+            }
+            score(p, t, rows, &at, first, end);
             kernels->product(rows, padded, p->w->dv, t->grad_o, p->dv_pad, 1, t->v_packed, nr, p->w->dv * nr, t->ds, p->step_keys, 0);
             for (int64_t r = 0; r < rows; r++) {
                 float *s = t->s + r * p->step_keys, *ds = t->ds + r * p->step_keys;
@@ -422,7 +464,7 @@ static void back_block(const problem *p, worker *t, const attn_windows_gradients
                 scatter(p, to, to->dk, to->pad_k, t->dk, &at, first, end, p->d_pad);
             }
             if (p->rel[0] != NULL) {
-                sum_relative(p, t, block, count, row, rows, &at, first, end);
+                sum_relative(p, t, rows, &at, first, end);
             }
         }
         for (int axis = 0; axis < 2 && p->rel[0] != NULL; axis++) {
@@ -433,7 +475,7 @@ static void back_block(const problem *p, worker *t, const attn_windows_gradients
                              1);
         }
         for (int64_t r = 0; r < rows && grad->q.data != NULL; r++) {
-            query q = query_at(p, block, count, row + r);
+            query q = t->at[r];
             kernels->load_row(row_of(&grad->q, b, kv * p->group + q.head, q.token), t->dq + r * p->d_pad, ATTN_F32, d, (float)ATTN_LN2);
         }
     }
@@ -500,7 +542,7 @@ attn_status attn_windows_backward(const attn_windows *w, const attn_windows_grad
     if (w->heads == 0 || pairs == 0) {
         return ATTN_OK;
     }
-    ATTN_TRY(make_problem(&p, w, arena));
+    ATTN_TRY(make_problem(&p, w, BACK_ROWS, arena));
     ATTN_TRY(make_workers(&p, &workers, arena, threads, 1));
     int64_t per_pair = pairs >= MOST_STRIPES ? 1 : attn_min_i64(p.blocks[0], MOST_STRIPES / pairs);
     ATTN_TRY(make_stripes(&p, grad, &stripes, per_pair, arena));

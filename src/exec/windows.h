@@ -25,7 +25,7 @@ typedef struct attn_windows {
     attn_windows_view q, k, v, o;
     float *lse;         /* [B, heads, output tokens]; may be NULL in forward */
     const float *rel_h, *rel_w; /* [2wh-1, d], [2ww-1, d], or both NULL */
-    const float *pad_k, *pad_v; /* [kv_heads, d], [kv_heads, dv]: what slots outside the image hold; NULL: zeros */
+    const float *pad_k, *pad_v; /* [kv_heads, d], [kv_heads, dv]: what slots outside the image hold; NULL: zeros, as with tables */
 } attn_windows;
 
 /* The grid of queries: ceil(grid / stride). */
