@@ -219,6 +219,16 @@ static void davit(void **unused)
     opcheck_input(&window, "pad_k", SHAPE(2, 5));
     opcheck_input(&window, "pad_v", SHAPE(2, 4));
     opcheck_run(&window, 1e-2);
+    opcheck_case wide = {.spec = "davit.window:grid=[3,4],window=1048576", .seed = 13}; /* padding without bound in time or memory */
+    opcheck_input(&wide, "q", SHAPE(1, 1, 12, 5));
+    opcheck_input(&wide, "k", SHAPE(1, 1, 12, 5));
+    opcheck_input(&wide, "v", SHAPE(1, 1, 12, 4));
+    float *key = opcheck_input(&wide, "pad_k", SHAPE(1, 5));
+    opcheck_input(&wide, "pad_v", SHAPE(1, 4));
+    for (int i = 0; i < 5; i++) {
+        key[i] *= 4; /* so that for some queries the image still counts */
+    }
+    opcheck_run(&wide, 1e-2);
     for (int heads = 0; heads < 3; heads += 2) { /* no heads, no batch */
         opcheck_case none = {.spec = "davit.window:grid=[2,2],window=2"};
         opcheck_input(&none, "q", SHAPE(heads == 0, heads, 4, 5));

@@ -73,7 +73,7 @@ static attn_status make_problem(problem *p, const attn_windows *w, int64_t rows,
         p->window[axis] = attn_windows_extent(w, axis);
         p->out[axis] = attn_windows_out(w, axis);
         p->per_block *= attn_min_i64(attn_ceil_div(w->block[axis], w->stride[axis]), p->out[axis]);
-        p->rel_count[axis] = 2 * p->window[axis] - 1;
+        p->rel_count[axis] = w->rel_h != NULL ? 2 * p->window[axis] - 1 : 0;
         p->rel_pad[axis] = up(p->rel_count[axis], kernels->vw);
         most[axis] = p->all_slots ? p->window[axis] : attn_min_i64(p->window[axis], w->grid[axis]);
     }
