@@ -101,7 +101,7 @@ typedef struct worker {
     query *at;             /* [rows] */
     float *rows;           /* a step's keys as rows, before packing [step_keys][d_pad] */
     float *k, *v;          /* panels of a step, and its values [step_keys][dv_pad] */
-    float *q, *o, *m, *l, *alpha, *last; /* [rows] rows; last: scores of a key that is not packed */
+    float *q, *o, *m, *l, *alpha; /* [rows] rows */
     float *s, *rel[2];     /* [rows][step_keys], [rows][rel_pad] */
     /* Backward only. */
     float *v_packed, *ds, *grad_o, *dq, *dk, *dv, *grad_rel[2];
@@ -223,14 +223,11 @@ static int64_t score(const problem *p, worker *t, int64_t rows, const window *at
     const attn_tile_kernels *kernels = p->kernels;
     int64_t across = at->right - at->left, keys = keys_of(at, first, end), padded = up(keys, kernels->vw), packed = packed_keys(p, keys);
     kernels->product(rows, packed, p->w->d, t->q, p->d_pad, 1, t->k, kernels->nr, p->w->d * kernels->nr, t->s, p->step_keys, 0);
-    if (packed < keys) { /* the last key's scores with all rows, as one row */
-        kernels->decode_scores(t->last, rows, t->rows + packed * p->d_pad, p->d_pad, 1, t->q, ATTN_F32, p->d_pad, rows, p->w->d);
-    }
     float weight = end == at->bottom && at->outside > 0 ? log2f((float)at->outside) : 0;
     for (int64_t r = 0; r < rows; r++) {
         float *s = t->s + r * p->step_keys;
         if (packed < keys) {
-            s[packed] = t->last[r];
+            s[packed] = kernels->dot(t->q + r * p->d_pad, t->rows + packed * p->d_pad, p->w->d);
         }
         s[keys - 1] += weight;
         for (int64_t i = keys; i < padded; i++) {
@@ -305,7 +302,7 @@ static attn_status make_workers(const problem *p, worker **workers, attn_arena *
     worker *made = attn_arena_array(arena, (size_t)threads, sizeof *made);
     size_t keys = (size_t)p->step_keys, d = (size_t)p->d_pad, dv = (size_t)p->dv_pad, rel0 = (size_t)p->rel_pad[0],
            rel1 = (size_t)p->rel_pad[1], slack = (size_t)p->kernels->nr, rows = (size_t)p->rows;
-    size_t each = keys * (2 * d + dv) + rows * (d + dv + 4 + keys + rel0 + rel1) + slack * (d + dv);
+    size_t each = keys * (2 * d + dv) + rows * (d + dv + 3 + keys + rel0 + rel1) + slack * (d + dv);
     size_t more = backward ? keys * (3 * dv + 2 * d) + rows * (keys + dv + d + rel0 + rel1) + slack * dv : 0;
     for (int i = 0; i < threads && made != NULL; i++) {
         float *at = attn_arena_array(arena, each + more, sizeof *at);
@@ -323,7 +320,6 @@ static attn_status make_workers(const problem *p, worker **workers, attn_arena *
         t->m = at, at += rows;
         t->l = at, at += rows;
         t->alpha = at, at += rows;
-        t->last = at, at += rows;
         t->s = at, at += rows * keys;
         t->rel[0] = at, at += rows * rel0;
         t->rel[1] = at, at += rows * rel1;
