@@ -8,7 +8,7 @@ static const char help[] =
     "Usage: attn lab                 the experiments\n"
     "       attn lab NAME... [OPTION]...\n"
     "       attn lab all [OPTION]...\n\n"
-    "Measure on this machine what a paper claims about its mechanism and what needs no training. Each claim ends in HOLDS or\n"
+    "Measure on this machine what a paper claims about its mechanism and what needs no trained model. Each claim ends in HOLDS or\n"
     "FAILS with the measured numbers; the exit status is 0 when all hold.\n\n"
     "  --small       sizes that take a second; speed is shown (\"seen\") but not judged\n"
     "  --threads N   threads to use (default: all)\n\n"

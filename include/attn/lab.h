@@ -1,4 +1,4 @@
-/* Experiments that reproduce, on this machine, what papers claim about their mechanisms and what needs no training.
+/* Experiments that reproduce, on this machine, what papers claim about their mechanisms and what needs no trained model.
  *
  * An experiment prints what it measures and ends in verdicts: a claim, the numbers, and whether it holds here.
  */
