@@ -119,6 +119,14 @@ static void test_mrsa_errors(void **state)
     opcheck_case weights = {.spec = "mrsa:grid=[3,4],weights=[1,2,3]"};
     mrsa_inputs(&weights, 2);
     opcheck_fails(&weights, ATTN_ERR_ARGUMENT, "weights has 3 items");
+    opcheck_case width = {.spec = "mrsa:grid=[1,1]"};
+    opcheck_input(&width, "q", SHAPE(1, 1, 2, 0));
+    opcheck_input(&width, "k", SHAPE(1, 1, 2, 0));
+    opcheck_input(&width, "v", SHAPE(1, 1, 2, 3));
+    opcheck_input(&width, "k_ref", SHAPE(1, 1, 1, 1, 0));
+    opcheck_input(&width, "v_ref", SHAPE(1, 1, 1, 1, 3));
+    opcheck_input(&width, "ref_mask", SHAPE(1, 1, 1));
+    opcheck_fails(&width, ATTN_ERR_SHAPE, "D = 0");
     opcheck_case steps = {.spec = "mrsa.noise:step=50"};
     opcheck_input(&steps, "z_ref", SHAPE(2, 3));
     opcheck_input(&steps, "eps", SHAPE(2, 3));

@@ -152,6 +152,10 @@ static attn_status mrsa_bind(attn_call *call)
     if (attn_dim(call, "M") < 1) {
         return attn_fail(ATTN_ERR_SHAPE, "k needs at least one own key");
     }
+    if (attn_dim(call, "D") < 1 || attn_dim(call, "Dv") < 1) {
+        return attn_fail(ATTN_ERR_SHAPE, "D = %lld and Dv = %lld, expected at least 1", (long long)attn_dim(call, "D"),
+                         (long long)attn_dim(call, "Dv"));
+    }
     attn_set_dim(call, "parts", attn_dim(call, "R") + 1);
     return ATTN_OK;
 }
