@@ -21,9 +21,9 @@ static int64_t width_of(const attn_linattn *x) { return x->map != NULL ? x->map-
 
 size_t attn_linear_work_floats(const attn_linattn *x)
 {
-    int64_t c = chunk_of(x), mp = attn_linear_padded(c), dp = attn_linear_padded(x->d), vp = attn_linear_padded(x->dv), f = width_of(x), fp = attn_linear_padded(f);
-    return (size_t)(2 * c * dp + 2 * c * vp + (x->d + x->dv) * mp + 3 * c * mp + 4 * mp + 3 * c * fp + f * vp +
-                    x->dv * fp + c * attn_max_i64(vp, fp) + fp + 64);
+    int64_t c = chunk_of(x), mp = attn_linear_padded(c), dp = attn_linear_padded(x->d), columns = attn_linear_columns(x), vp = attn_linear_padded(columns), f = width_of(x), fp = attn_linear_padded(f);
+    return (size_t)(2 * c * dp + 2 * c * vp + (x->d + columns) * mp + 3 * c * mp + 4 * mp + 3 * c * fp + f * vp +
+                    columns * fp + c * attn_max_i64(vp, fp) + fp + 64);
 }
 
 static float *take(float **memory, int64_t count)
@@ -40,7 +40,8 @@ void attn_linear_work_init(attn_linear_work *w, const attn_linattn *x, float *me
     int64_t c = w->chunk = chunk_of(x), f = w->width = width_of(x);
     w->mp = attn_linear_padded(c);
     w->dp = attn_linear_padded(x->d);
-    w->vp = attn_linear_padded(x->dv);
+    w->columns = attn_linear_columns(x);
+    w->vp = attn_linear_padded(w->columns);
     w->fp = attn_linear_padded(f);
     w->outer = x->map != NULL ? 1 : x->scale;
     w->row = (double *)(void *)take(&memory, 2 * w->mp);
@@ -51,7 +52,7 @@ void attn_linear_work_init(attn_linear_work *w, const attn_linattn *x, float *me
     w->v = take(&memory, c * w->vp);
     w->g = take(&memory, c * w->vp);
     w->kt = take(&memory, x->d * w->mp);
-    w->vt = take(&memory, x->dv * w->mp);
+    w->vt = take(&memory, w->columns * w->mp);
     w->s = take(&memory, c * w->mp);
     w->p = take(&memory, c * w->mp);
     w->decay = take(&memory, c * w->mp);
@@ -59,7 +60,7 @@ void attn_linear_work_init(attn_linear_work *w, const attn_linattn *x, float *me
     w->pk = take(&memory, c * w->fp);
     w->back = take(&memory, c * w->fp);
     w->state = take(&memory, f * w->vp);
-    w->turned = take(&memory, x->dv * w->fp);
+    w->turned = take(&memory, w->columns * w->fp);
     w->o = take(&memory, c * attn_max_i64(w->vp, w->fp));
     w->totals = take(&memory, w->fp);
 }
@@ -103,6 +104,9 @@ void attn_linear_load(attn_linear_work *w, int64_t first, int64_t count, const f
     }
     if (v != NULL) {
         load_rows(w->v, w->vp, v + first * x->dv, x->dv, 0, count);
+        for (int64_t r = 0; r < count && x->sums != NULL; r++) {
+            w->v[r * w->vp + x->dv] = 1;
+        }
     }
 }
 
@@ -258,7 +262,17 @@ static void advance(attn_linear_work *w, stream *s)
     for (int64_t f = 0; f < w->width; f += SLICE) {
         int64_t rows = attn_min_i64(SLICE, w->width - f);
         prefetch(w->x, w->chunk, s);
-        w->tile->product(rows, w->x->dv, w->count, w->pk + f, 1, w->fp, w->v, w->vp, w->tile->nr, w->state + f * w->vp, w->vp, 1);
+        w->tile->product(rows, w->columns, w->count, w->pk + f, 1, w->fp, w->v, w->vp, w->tile->nr, w->state + f * w->vp, w->vp, 1);
+    }
+}
+
+/* Rows of sums of weighted values, and of weights in the column after: o, and the sums of queries from `query` (of all heads) on. */
+static void finish(const attn_linattn *x, const float *from, int64_t ld, int64_t rows, int64_t query, float *o)
+{
+    for (int64_t r = 0; r < rows; r++, from += ld) {
+        float sum = from[x->dv], factor = sum == 0 ? 0 : (float)(1 / ((double)sum + x->sums->eps));
+        x->sums->sums[query + r] = sum;
+        attn_tile_kernels_get()->load_row(o + r * x->dv, from, ATTN_F32, x->dv, x->sums->divide ? factor : 1);
     }
 }
 
@@ -269,9 +283,13 @@ static void forward_head(attn_linear_work *w, int64_t b, int64_t h, int fresh, i
     const attn_linattn *x = w->x;
     int64_t made = 0, shift = x->causal ? x->m - x->n : 0;
     int64_t shares = (x->causal ? 3 * attn_ceil_div(w->chunk, ATTN_LINEAR_STRIPE) : 0) + attn_ceil_div(w->width, SLICE);
+    int64_t ld = x->sums != NULL ? w->vp : x->dv, queries_before = (b * x->heads + h) * x->n;
     w->in_place = 1;
     if (x->causal && x->n > x->m) {
         memset(o, 0, (size_t)((x->n - x->m) * x->dv) * sizeof(float));
+        if (x->sums != NULL) {
+            memset(x->sums->sums + queries_before, 0, (size_t)(x->n - x->m) * sizeof(float));
+        }
     }
     for (int64_t first = 0; first < x->m; first += w->chunk) {
         int64_t count = attn_min_i64(w->chunk, x->m - first);
@@ -296,16 +314,20 @@ static void forward_head(attn_linear_work *w, int64_t b, int64_t h, int fresh, i
             if (low >= end) {
                 continue;
             }
-            float *to = o + (first - shift + low) * x->dv;
+            int64_t query = first - shift + low;
+            float *to = x->sums != NULL ? w->o : o + query * x->dv;
             if (x->decays == NULL) {
                 attn_linear_weights_rows(w, r, 0);
             }
             prefetch(x, w->chunk, &next);
-            w->tile->product(end - low, x->dv, end, w->s + low * w->mp, w->mp, 1, w->v, w->vp, w->tile->nr, to, x->dv, 0);
+            w->tile->product(end - low, w->columns, end, w->s + low * w->mp, w->mp, 1, w->v, w->vp, w->tile->nr, to, ld, 0);
             prefetch(x, w->chunk, &next);
             if (read) {
-                w->tile->product(end - low, x->dv, w->width, w->pq + low * w->fp, w->fp, 1, w->state, w->vp, w->tile->nr, to, x->dv, 1);
+                w->tile->product(end - low, w->columns, w->width, w->pq + low * w->fp, w->fp, 1, w->state, w->vp, w->tile->nr, to, ld, 1);
                 prefetch(x, w->chunk, &next);
+            }
+            if (x->sums != NULL) {
+                finish(x, to, ld, end - low, queries_before + query, o + query * x->dv);
             }
         }
         if (write) {
@@ -319,7 +341,11 @@ static void forward_head(attn_linear_work *w, int64_t b, int64_t h, int fresh, i
         attn_linear_load(w, first, attn_min_i64(w->chunk, x->n - first), q, NULL, NULL, NULL);
         attn_linear_decays(w, b, h, 0);
         attn_linear_features(w, 1, 0);
-        w->tile->product(w->count, x->dv, w->width, w->pq, w->fp, 1, w->state, w->vp, w->tile->nr, o + first * x->dv, x->dv, 0);
+        float *to = x->sums != NULL ? w->o : o + first * x->dv;
+        w->tile->product(w->count, w->columns, w->width, w->pq, w->fp, 1, w->state, w->vp, w->tile->nr, to, ld, 0);
+        if (x->sums != NULL) {
+            finish(x, to, ld, w->count, queries_before + first, o + first * x->dv);
+        }
     }
 }
 
@@ -332,13 +358,13 @@ static double pair_operations(const attn_linattn *x)
         int64_t full = attn_max_i64(0, attn_min_i64(x->n, x->m)); /* queries that see a key; the last one sees m */
         pairs = (double)full * ((double)x->m - (double)(full - 1) / 2);
     }
-    return 2 * pairs * (double)(x->d + x->dv);
+    return 2 * pairs * (double)(x->d + attn_linear_columns(x));
 }
 
 static double chunk_operations(const attn_linattn *x)
 {
-    double inside = x->causal ? (double)x->n * (double)chunk_of(x) / 2 : 0;
-    return 2 * (inside * (double)(x->d + x->dv) + (double)(x->n + x->m) * (double)width_of(x) * (double)x->dv);
+    double inside = x->causal ? (double)x->n * (double)chunk_of(x) / 2 : 0, columns = (double)attn_linear_columns(x);
+    return 2 * (inside * ((double)x->d + columns) + (double)(x->n + x->m) * (double)width_of(x) * columns);
 }
 
 int attn_linattn_by_pairs(const attn_linattn *x)
@@ -370,31 +396,42 @@ void attn_linear_pair_weights(const attn_linattn *x, int64_t first, int64_t rows
     }
 }
 
+#define PAIR_PART (4 * ATTN_LINEAR_PAIR_ROWS) /* queries of a task */
+
 static size_t pair_floats(const attn_linattn *x)
 {
-    return (size_t)(ATTN_LINEAR_PAIR_KEYS * (x->d + attn_linear_padded(x->dv) + ATTN_LINEAR_PAIR_ROWS) + 64);
+    int64_t vp = attn_linear_padded(attn_linear_columns(x));
+    return (size_t)(ATTN_LINEAR_PAIR_KEYS * (x->d + vp + ATTN_LINEAR_PAIR_ROWS) + PAIR_PART * vp + 64);
 }
 
-/* Some queries of one head against all keys. */
-static void pair_queries(const attn_linattn *x, float *memory, int64_t first, int64_t end, const float *q, const float *k,
+/* Some queries of head i against all keys. */
+static void pair_queries(const attn_linattn *x, float *memory, int64_t i, int64_t first, int64_t end, const float *q, const float *k,
                          const float *v, float *o)
 {
     const attn_tile_kernels *tile = attn_tile_kernels_get();
-    int64_t vp = attn_linear_padded(x->dv), ld = ATTN_LINEAR_PAIR_KEYS;
-    float *kt = memory, *rows_v = kt + ld * x->d, *s = rows_v + ld * vp;
-    memset(o + first * x->dv, 0, (size_t)((end - first) * x->dv) * sizeof *o);
+    int64_t columns = attn_linear_columns(x), vp = attn_linear_padded(columns), ld = ATTN_LINEAR_PAIR_KEYS;
+    float *kt = memory, *rows_v = kt + ld * x->d, *s = rows_v + ld * vp, *own = s + ld * ATTN_LINEAR_PAIR_ROWS;
+    float *to = x->sums != NULL ? own : o + first * x->dv;
+    int64_t ldo = x->sums != NULL ? vp : x->dv;
+    memset(to, 0, (size_t)((end - first) * ldo) * sizeof *o);
     for (int64_t key = 0; key < attn_linear_visible(x, end - 1); key += ld) {
         int64_t keys = attn_min_i64(ld, attn_linear_visible(x, end - 1) - key);
         tile->pack_transposed(kt, ld, k + key * x->d, ATTN_F32, x->d, keys, x->d);
         attn_linear_copy(rows_v, vp, v + key * x->dv, x->dv, keys, x->dv);
+        for (int64_t j = 0; j < keys && x->sums != NULL; j++) {
+            rows_v[j * vp + x->dv] = 1;
+        }
         for (int64_t r = first; r < end; r += ATTN_LINEAR_PAIR_ROWS) {
             int64_t rows = attn_min_i64(ATTN_LINEAR_PAIR_ROWS, end - r);
             int64_t count = attn_min_i64(keys, attn_linear_visible(x, r + rows - 1) - key);
             if (count > 0) {
                 attn_linear_pair_weights(x, r, rows, key, count, q + r * x->d, x->d, kt, s, NULL);
-                tile->product(rows, x->dv, count, s, ld, 1, rows_v, vp, tile->nr, o + r * x->dv, x->dv, 1);
+                tile->product(rows, columns, count, s, ld, 1, rows_v, vp, tile->nr, to + (r - first) * ldo, ldo, 1);
             }
         }
+    }
+    if (x->sums != NULL) {
+        finish(x, to, ldo, end - first, i * x->n + first, o + first * x->dv);
     }
 }
 
@@ -408,11 +445,11 @@ static attn_status pairs_forward(const attn_linattn *x, attn_arena *arena, int t
         return attn_fail_memory((size_t)threads * each * sizeof(float));
     }
     memset(memory, 0, (size_t)threads * each * sizeof(float));
-    int64_t part = 4 * ATTN_LINEAR_PAIR_ROWS, parts = attn_ceil_div(x->n, part);
+    int64_t parts = attn_ceil_div(x->n, PAIR_PART);
 #pragma omp parallel for num_threads(threads) schedule(dynamic)
     for (int64_t task = 0; task < x->batch * x->heads * parts; task++) {
-        int64_t i = task / parts, first = task % parts * part, kv = i / x->heads * x->kv_heads + i % x->heads / (x->heads / x->kv_heads);
-        pair_queries(x, memory + (size_t)omp_get_thread_num() * each, first, attn_min_i64(x->n, first + part), q + i * x->n * x->d,
+        int64_t i = task / parts, first = task % parts * PAIR_PART, kv = i / x->heads * x->kv_heads + i % x->heads / (x->heads / x->kv_heads);
+        pair_queries(x, memory + (size_t)omp_get_thread_num() * each, i, first, attn_min_i64(x->n, first + PAIR_PART), q + i * x->n * x->d,
                      k + kv * x->m * x->d, v + kv * x->m * x->dv, o + i * x->n * x->dv);
     }
     attn_arena_release(arena, mark);

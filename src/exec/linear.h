@@ -24,6 +24,14 @@ typedef struct attn_feature_map {
     void (*pair)(int64_t count, float *s, float *slope);
 } attn_feature_map;
 
+/* What else the forward pass makes of weights: their sums [batch, heads, n] (0 for a query that sees no key), by which o is divided when
+ * `divide`. */
+typedef struct attn_linattn_sums {
+    float *sums;
+    int divide;
+    double eps; /* added to a sum before it divides */
+} attn_linattn_sums;
+
 /* With causal, key j is visible to query i if j <= i + (m - n). Decay needs causal; queries and keys of a place share its decay. At most
  * one of slope, log_decay and decays is given. */
 typedef struct attn_linattn {
@@ -36,6 +44,7 @@ typedef struct attn_linattn {
     const float *log_decay;      /* [batch, heads, m]: decay exp(log_decay) of each token (<= 0), or NULL */
     const float *decays;         /* [batch, heads, m, width]: factor of each feature's row of the state at each token, or NULL */
     const attn_feature_map *map; /* NULL: phi(x) = x */
+    const attn_linattn_sums *sums; /* forward without states only, else NULL */
 } attn_linattn;
 
 /* Whether no state is needed and pairs of tokens alone are less work than a map's features: short sequences, then computed by pairs. */

@@ -44,9 +44,10 @@ typedef struct core {
     double scale, eps;
 } core;
 
-static attn_linattn shape_of(const core *c)
+/* more: further columns of values. */
+static attn_linattn shape_of(const core *c, int64_t more)
 {
-    return (attn_linattn){.batch = c->batch, .heads = c->heads, .kv_heads = c->kv_heads, .n = c->n, .m = c->m, .d = c->d, .dv = c->dv + 1,
+    return (attn_linattn){.batch = c->batch, .heads = c->heads, .kv_heads = c->kv_heads, .n = c->n, .m = c->m, .d = c->d, .dv = c->dv + more,
                           .causal = c->causal, .chunk = CHUNK, .scale = c->scale, .map = &taylor};
 }
 
@@ -69,22 +70,10 @@ static float reciprocal(const core *c, float z) { return z == 0 ? 0 : (float)(1 
 /* o [B,H,N,Dv], z [B,H,N] */
 static attn_status core_forward(attn_call *call, const core *c, const float *q, const float *k, const float *v, float *o, float *z)
 {
-    float *wide, *sums;
-    int64_t rows = c->batch * c->heads * c->n;
-    attn_linattn shape = shape_of(c);
-    ATTN_TRY(widen(call, c, v, &wide));
-    ATTN_TRY(attn_take_f32(call, rows * (c->dv + 1), &sums));
-    ATTN_TRY(attn_linattn_forward(&shape, call->arena, call->threads, q, k, wide, NULL, sums, NULL));
-#pragma omp parallel for schedule(static) num_threads(call->threads) if (call->threads > 1)
-    for (int64_t r = 0; r < rows; r++) {
-        const float *from = sums + r * (c->dv + 1);
-        float factor = c->normalize ? reciprocal(c, from[c->dv]) : 1;
-        z[r] = from[c->dv];
-        for (int64_t i = 0; i < c->dv; i++) {
-            o[r * c->dv + i] = factor * from[i];
-        }
-    }
-    return ATTN_OK;
+    attn_linattn_sums sums = {z, c->normalize, c->eps};
+    attn_linattn shape = shape_of(c, 0);
+    shape.sums = &sums;
+    return attn_linattn_forward(&shape, call->arena, call->threads, q, k, v, NULL, o, NULL);
 }
 
 /* Gradients are overwritten; each may be NULL. */
@@ -94,7 +83,7 @@ static attn_status core_backward(attn_call *call, const core *c, const float *q,
     float *wide, *grad_sums, *grad_wide;
     int64_t rows = c->batch * c->heads * c->n, keys = c->batch * c->kv_heads * c->m;
     const attn_tile_kernels *kernels = attn_tile_kernels_get();
-    attn_linattn shape = shape_of(c);
+    attn_linattn shape = shape_of(c, 1);
     ATTN_TRY(widen(call, c, v, &wide));
     ATTN_TRY(attn_take_f32(call, rows * (c->dv + 1), &grad_sums));
     ATTN_TRY(attn_take_f32(call, keys * (c->dv + 1), &grad_wide));
@@ -115,7 +104,7 @@ static attn_status core_backward(attn_call *call, const core *c, const float *q,
 
 static double core_flops(const core *c)
 {
-    attn_linattn shape = shape_of(c);
+    attn_linattn shape = shape_of(c, 1);
     return attn_linattn_flops(&shape);
 }
 
