@@ -76,7 +76,7 @@ static double best_seconds(problem *p, int decode, int repeats)
     double best = INFINITY;
     for (int r = -1; r < repeats; r++) { /* the first one warms up */
         double start = now(p->threads);
-        must(decode ? attn_linattn_decode(&p->shape, p->arena, p->threads, p->q, p->k, p->v, p->state, p->o)
+        must(decode ? attn_linattn_decode(&p->shape, p->arena, p->threads, p->q, p->k, p->v, p->state, p->state, p->o)
                     : attn_linattn_forward(&p->shape, p->arena, p->threads, p->q, p->k, p->v, NULL, p->o, NULL));
         double seconds = now(p->threads) - start;
         best = r >= 0 && seconds < best ? seconds : best;

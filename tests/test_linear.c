@@ -200,7 +200,7 @@ static void one(attn_linattn x, int decay, double steepness)
     }
     if (x.causal && x.n == x.m) {
         memcpy(got[1], in.start, (size_t)sizes[1] * sizeof **got);
-        assert_int_equal(attn_linattn_decode(&x, arena, 3, in.q, in.k, in.v, got[1], got[0]), ATTN_OK);
+        assert_int_equal(attn_linattn_decode(&x, arena, 3, in.q, in.k, in.v, got[1], got[1], got[0]), ATTN_OK);
         compare("decoded o", got[0], want[0], sizes[0], 1e-5);
         compare("decoded state", got[1], want[1], sizes[1], 1e-5);
     }
@@ -289,7 +289,7 @@ static void long_sequences(void **unused)
         compare("o of a million tokens", o, want, N * DV, 2e-5);
         compare("state after a million tokens", state, want_state, D * DV, 2e-5);
         memcpy(state, in.start, sizeof state);
-        assert_int_equal(attn_linattn_decode(&x, arena, 1, in.q, in.k, in.v, state, o), ATTN_OK);
+        assert_int_equal(attn_linattn_decode(&x, arena, 1, in.q, in.k, in.v, state, state, o), ATTN_OK);
         compare("o of a million tokens, one by one", o, want, N * DV, 2e-5);
         free(logs);
     }

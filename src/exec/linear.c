@@ -492,7 +492,7 @@ attn_status attn_linattn_forward(const attn_linattn *shape, attn_arena *arena, i
 }
 
 attn_status attn_linattn_decode(const attn_linattn *shape, attn_arena *arena, int threads, const float *q, const float *k,
-                                const float *v, float *state, float *o)
+                                const float *v, const float *state_in, float *state, float *o)
 {
     const attn_linattn x = *shape;
     const attn_linear_kernels *kernel = attn_linear_kernels_get();
@@ -507,6 +507,12 @@ attn_status attn_linattn_decode(const attn_linattn *shape, attn_arena *arena, in
         int64_t h = i % x.heads, kv = i / x.heads * x.kv_heads + h / (x.heads / x.kv_heads);
         float *pq = memory + (int64_t)omp_get_thread_num() * 2 * width, *pk = pq + width;
         float *own = state + i * width * x.dv;
+        size_t bytes = (size_t)(width * x.dv) * sizeof *own;
+        if (state_in == NULL) {
+            memset(own, 0, bytes);
+        } else if (state_in != state) {
+            memcpy(own, state_in + i * width * x.dv, bytes);
+        }
         double constant = x.slope != NULL ? exp(-(double)x.slope[h]) : 1;
         float outer = x.map != NULL ? 1.0f : (float)x.scale;
         for (int64_t t = 0; t < x.m; t++) {

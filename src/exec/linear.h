@@ -59,8 +59,9 @@ attn_status attn_linattn_forward(const attn_linattn *shape, attn_arena *arena, i
 attn_status attn_linattn_backward(const attn_linattn *shape, attn_arena *arena, int threads, const float *q, const float *k,
                                   const float *v, const float *state_in, const float *grad_o, float *grad_q, float *grad_k,
                                   float *grad_v, float *grad_state);
-/* The causal form token by token (n = m): one pass over the state per token and head; state is read and overwritten. */
+/* The causal form token by token (n = m): one pass over the state per token and head. state [batch, heads, width, dv] is written; state_in
+ * (NULL: zeros) may be the same. */
 attn_status attn_linattn_decode(const attn_linattn *shape, attn_arena *arena, int threads, const float *q, const float *k,
-                                const float *v, float *state, float *o);
+                                const float *v, const float *state_in, float *state, float *o);
 
 #endif

@@ -236,35 +236,44 @@ static void expand_full(int64_t d, double scale, const float *x, float *phi)
 }
 
 /* One key head's tokens: the state passes through the caches once per token, updated before its queries read it. phi: scratch
- * [1 + group][F]. */
+ * [2][F]. */
 static void decode_head(attn_call *call, const core *c, int64_t f, int64_t i, float *phi)
 {
     const based_params *p = call->params;
     const attn_tile_kernels *kernels = attn_tile_kernels_get();
+    const attn_linear_kernels *linear = attn_linear_kernels_get();
     int64_t group = c->heads / c->kv_heads;
     float *state = attn_f32(call->t[D_KV_OUT]) + i * f * c->dv, *sums = attn_f32(call->t[D_K_OUT]) + i * f;
     void (*features)(int64_t, double, const float *, float *) = p->layout == LAYOUT_FULL ? expand_full : expand;
+    if (call->t[D_KV] != NULL) {
+        memcpy(state, attn_f32(call->t[D_KV]) + i * f * c->dv, (size_t)(f * c->dv) * sizeof *state);
+        memcpy(sums, attn_f32(call->t[D_K_STATE]) + i * f, (size_t)f * sizeof *sums);
+    } else {
+        memset(state, 0, (size_t)(f * c->dv) * sizeof *state);
+        memset(sums, 0, (size_t)f * sizeof *sums);
+    }
     for (int64_t t = 0; t < c->n; t++) {
-        const float *v = attn_f32(call->t[D_V]) + (i * c->n + t) * c->dv;
         features(c->d, c->scale, attn_f32(call->t[D_K]) + (i * c->n + t) * c->d, phi);
         kernels->axpy(sums, phi, f, 1);
+        for (int64_t e = 0; e < f && group == 0; e++) {
+            kernels->axpy(state + e * c->dv, attn_f32(call->t[D_V]) + (i * c->n + t) * c->dv, c->dv, phi[e]);
+        }
         for (int64_t g = 0; g < group; g++) {
             int64_t row = (i * group + g) * c->n + t; /* query heads of a key head are consecutive, across the batch too */
-            features(c->d, c->scale, attn_f32(call->t[D_Q]) + row * c->d, phi + (1 + g) * f);
-            memset(attn_f32(call->t[D_O]) + row * c->dv, 0, (size_t)c->dv * sizeof(float));
-        }
-        for (int64_t e = 0; e < f; e++) {
-            kernels->axpy(state + e * c->dv, v, c->dv, phi[e]);
-            for (int64_t g = 0; g < group; g++) {
-                kernels->axpy(attn_f32(call->t[D_O]) + ((i * group + g) * c->n + t) * c->dv, state + e * c->dv, c->dv, phi[(1 + g) * f + e]);
+            float *query = phi + f, *o = attn_f32(call->t[D_O]) + row * c->dv;
+            features(c->d, c->scale, attn_f32(call->t[D_Q]) + row * c->d, query);
+            if (g == 0) {
+                linear->step(f, c->dv, state, c->dv, 1, NULL, query, phi, attn_f32(call->t[D_V]) + (i * c->n + t) * c->dv, o);
+            } else {
+                linear->read(f, c->dv, state, c->dv, query, o);
             }
-        }
-        for (int64_t g = 0; g < group && c->normalize; g++) {
             double z = c->eps;
             for (int64_t e = 0; e < f; e++) {
-                z += (double)phi[(1 + g) * f + e] * (double)sums[e];
+                z += (double)query[e] * (double)sums[e];
             }
-            kernels->scale(attn_f32(call->t[D_O]) + ((i * group + g) * c->n + t) * c->dv, c->dv, (float)(1 / z));
+            if (c->normalize) {
+                kernels->scale(o, c->dv, (float)(1 / z));
+            }
         }
     }
 }
@@ -276,21 +285,12 @@ static attn_status decode_forward(attn_call *call)
     core c = {.batch = attn_dim(call, "B"), .heads = attn_dim(call, "H"), .kv_heads = attn_dim(call, "Hkv"), .n = attn_dim(call, "N"),
               .d = attn_dim(call, "D"), .dv = attn_dim(call, "Dv"), .normalize = (int)p->normalize,
               .scale = attn_default_scale(p->scale, attn_dim(call, "D")), .eps = p->eps};
-    int64_t heads = c.batch * c.kv_heads, group = c.kv_heads > 0 ? c.heads / c.kv_heads : 0;
+    int64_t heads = c.batch * c.kv_heads, each = 2 * f;
     float *phi;
-    ATTN_TRY(attn_take_f32(call, call->threads * (1 + group) * f, &phi));
-    const attn_tensor *in[2] = {call->t[D_KV], call->t[D_K_STATE]}, *out[2] = {call->t[D_KV_OUT], call->t[D_K_OUT]};
-    for (int s = 0; s < 2; s++) {
-        size_t bytes = (size_t)(heads * f * (s == 0 ? c.dv : 1)) * sizeof(float);
-        if (in[s] != NULL) {
-            memcpy(out[s]->data, in[s]->data, bytes);
-        } else {
-            memset(out[s]->data, 0, bytes);
-        }
-    }
+    ATTN_TRY(attn_take_f32(call, call->threads * each, &phi));
 #pragma omp parallel for schedule(static) num_threads(call->threads) if (call->threads > 1 && heads > 1)
     for (int64_t i = 0; i < heads; i++) {
-        decode_head(call, &c, f, i, phi + omp_get_thread_num() * (1 + group) * f);
+        decode_head(call, &c, f, i, phi + omp_get_thread_num() * each);
     }
     return ATTN_OK;
 }

@@ -252,8 +252,7 @@ static attn_status plain_forward(attn_call *call)
         return attn_fail_memory((size_t)(all * x.n) * sizeof *eta);
     }
     if (p->decode) {
-        memset(state, 0, (size_t)(all * x.d * x.dv) * sizeof *state);
-        ATTN_TRY(attn_linattn_decode(&x, call->arena, call->threads, fq, fk, v, state, o));
+        ATTN_TRY(attn_linattn_decode(&x, call->arena, call->threads, fq, fk, v, NULL, state, o));
     } else {
         ATTN_TRY(attn_linattn_forward(&x, call->arena, call->threads, fq, fk, v, NULL, o, state));
     }

@@ -568,7 +568,6 @@ static attn_status decode_forward(attn_call *call)
     ATTN_TRY(make_work(call, &f, &w));
     const attn_tile_kernels *kernels = attn_tile_kernels_get();
     int64_t heads = f.batch * f.heads;
-    float *state = attn_f32(call->t[D_STATE + 5]);
 #pragma omp parallel for schedule(static) num_threads(call->threads) if (call->threads > 1 && heads > 1)
     for (int64_t i = 0; i < heads; i++) {
         head h = head_of(&f, &w, i);
@@ -592,15 +591,10 @@ static attn_status decode_forward(attn_call *call)
             }
         }
         attn_f32(call->t[D_STATE + 4])[i] = (float)exp_sum;
-        if (call->t[D_KV] != NULL) {
-            memcpy(state + i * d * dv, attn_f32(call->t[D_KV]) + i * d * dv, (size_t)(d * dv) * sizeof *state);
-        } else {
-            memset(state + i * d * dv, 0, (size_t)(d * dv) * sizeof *state);
-        }
     }
     attn_linattn shape = product_shape(&f);
     float *o = attn_f32(call->t[D_O]);
-    ATTN_TRY(attn_linattn_decode(&shape, call->arena, call->threads, w.qn, w.k, w.w, state, o));
+    ATTN_TRY(attn_linattn_decode(&shape, call->arena, call->threads, w.qn, w.k, w.w, attn_f32(call->t[D_KV]), attn_f32(call->t[D_STATE + 5]), o));
     allot(&f, call->threads, w.allocation, o, o);
     return ATTN_OK;
 }

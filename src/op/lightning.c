@@ -8,8 +8,6 @@
 
 #include "exec/linear.h"
 
-#include <string.h>
-
 typedef struct lightning_params {
     double scale;
     int64_t block;
@@ -89,15 +87,8 @@ static attn_status decode_forward(attn_call *call)
     attn_linattn x = shape_of(call);
     x.chunk = 0;
     ATTN_TRY(attn_lightning_check_slopes(x.slope, x.heads));
-    float *state = attn_f32(call->t[STATE_OUT]);
-    size_t bytes = (size_t)(x.batch * x.heads * x.d * x.dv) * sizeof(float);
-    if (call->t[STATE] != NULL) {
-        memcpy(state, attn_f32(call->t[STATE]), bytes);
-    } else {
-        memset(state, 0, bytes);
-    }
     return attn_linattn_decode(&x, call->arena, call->threads, attn_f32(call->t[Q]), attn_f32(call->t[K]), attn_f32(call->t[V]),
-                               state, attn_f32(call->t[O]));
+                               attn_f32(call->t[STATE]), attn_f32(call->t[STATE_OUT]), attn_f32(call->t[O]));
 }
 
 static attn_status lightning_cost(attn_call *call, attn_cost *cost)

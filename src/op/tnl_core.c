@@ -73,7 +73,7 @@ static void gate(const tnl_core *g, int threads, const core_work *w, float *gate
 /* Everything before the output projection. state_out [B,heads,key,d], or NULL. */
 static attn_status core_inner(attn_call *call, const tnl_core *g, const float *x, core_work *w, float *state_out)
 {
-    int64_t wide = g->batch * g->heads * g->n * g->key, narrow = g->rows * g->e, states = g->batch * g->heads * g->key * g->d;
+    int64_t wide = g->batch * g->heads * g->n * g->key, narrow = g->rows * g->e;
     float *by_head, *act;
     ATTN_TRY(attn_take_f32(call, g->rows * 4 * g->e, &w->z));
     ATTN_TRY(attn_take_f32(call, wide, &w->q));
@@ -95,13 +95,8 @@ static attn_status core_inner(attn_call *call, const tnl_core *g, const float *x
     }
     attn_linattn shape = core_shape(g);
     if (g->by_token) {
-        if (g->state_in != NULL) {
-            memcpy(state_out, g->state_in, (size_t)states * sizeof *state_out);
-        } else {
-            memset(state_out, 0, (size_t)states * sizeof *state_out);
-        }
         shape.chunk = 0;
-        ATTN_TRY(attn_linattn_decode(&shape, call->arena, call->threads, w->q, w->k, w->v, state_out, by_head));
+        ATTN_TRY(attn_linattn_decode(&shape, call->arena, call->threads, w->q, w->k, w->v, g->state_in, state_out, by_head));
     } else {
         ATTN_TRY(attn_linattn_forward(&shape, call->arena, call->threads, w->q, w->k, w->v, g->state_in, by_head, state_out));
     }
