@@ -238,6 +238,20 @@ static void test_rat(void **state)
     opcheck_input(&b, "v", SHAPE(1, 3, 150, 4));
     opcheck_uniform(&b, "g", SHAPE(1, 3, 150, 4), 0, 1);
     opcheck_run(&b, 3e-2);
+    /* Long and wide enough for several tiles, in which chunks go on; and a layer in several parts. */
+    opcheck_case tiles = {.spec = "rat:chunk=100", .seed = 8, .step = 3e-2, .samples = 3};
+    opcheck_input(&tiles, "q", SHAPE(8, 4, 260, 32));
+    opcheck_input(&tiles, "k", SHAPE(8, 2, 260, 32));
+    opcheck_input(&tiles, "v", SHAPE(8, 8, 260, 32));
+    opcheck_uniform(&tiles, "g", SHAPE(8, 8, 260, 32), 0.5, 1);
+    opcheck_run(&tiles, 5e-2);
+    opcheck_case parts = {.spec = "rat.layer:heads=2,groups=1,chunk=60", .seed = 9, .step = 3e-3, .samples = 3};
+    opcheck_input(&parts, "x", SHAPE(2, 1040, 8));
+    opcheck_input(&parts, "norm_w", SHAPE(8));
+    opcheck_uniform(&parts, "w_in", SHAPE(32, 8), -0.4, 0.4);
+    opcheck_input(&parts, "gate_bias", SHAPE(8));
+    opcheck_uniform(&parts, "w_o", SHAPE(8, 8), -0.4, 0.4);
+    opcheck_run(&parts, 5e-2);
     opcheck_case c = {.spec = "rat.scan", .seed = 3, .step = 3e-3};
     opcheck_input(&c, "x", SHAPE(2, 7, 3));
     opcheck_uniform(&c, "g", SHAPE(2, 7, 3), 0, 1);

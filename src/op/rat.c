@@ -1,15 +1,21 @@
 /* RAT (arXiv:2507.04416): a gated linear recurrence inside chunks, softmax attention across them.
  *
  * A token sees the last recurrent key and value of every earlier chunk, a staircase of N/L keys, and the running pair of its own
- * chunk as one more key of its own. The recurrence is recomputed in the backward pass.
+ * chunk as one more key of its own. Tokens go through in tiles; of a tile only chunk ends and the running pair stay. The backward
+ * pass finds the chunk ends first, and then goes back through the tiles and computes each again.
  */
 #include "op/rat.h"
 
+#include "kernel/rows.h"
+#include "kernel/scan.h"
+#include "kernel/tile.h"
 #include "layer/rope.h"
 
 #include <string.h>
 
 #define DIFF ATTN_PORT_DIFF
+#define TILE 1048576 /* numbers of all arrays of a tile */
+#define SCAN_WIDTH 64 /* channels of a task of rat.scan */
 
 /* ---- The core ---- */
 
@@ -18,158 +24,281 @@ static int64_t source_head(const rat_core *x, int64_t h, int64_t shared)
     return x->tiled ? h % shared : h / (x->heads / shared);
 }
 
-/* One head's recurrence over n tokens, the first of which is token `steps` of the sequence; start may be NULL (zero). */
-static void recur(const rat_core *x, const float *in, const float *g, const float *start, float *out)
+attn_status rat_core_open(attn_call *call, rat_core *x)
 {
-    int64_t d = x->d;
-    for (int64_t t = 0; t < x->n; t++) {
+    int64_t all = x->batch * x->heads, d = x->d, half = x->rotary_dim / 2, given = x->steps / x->chunk;
+    size_t bytes = (size_t)(all * d) * sizeof(float);
+    x->ends = (x->steps + x->n) / x->chunk;
+    if (x->k_end == NULL) {
+        ATTN_TRY(attn_take_f32(call, all * x->ends * d, &x->k_end));
+        ATTN_TRY(attn_take_f32(call, all * x->ends * d, &x->v_end));
+    }
+    ATTN_TRY(attn_take_f32(call, all * d, &x->k_last));
+    ATTN_TRY(attn_take_f32(call, all * d, &x->v_last));
+    int64_t turns = (x->steps + x->n) / x->chunk - given + 1;
+    float *pairs;
+    ATTN_TRY(attn_take_f32(call, turns * 3 * half, &x->table));
+    attn_arena_mark mark = attn_arena_get_mark(call->arena);
+    ATTN_TRY(attn_rope_table(call->arena, given, turns, x->rotary_dim, x->base, &pairs));
+    for (int64_t i = 0; i < turns * half; i++) {
+        float *to = x->table + i / attn_max_i64(1, half) * 3 * half + i % attn_max_i64(1, half);
+        to[0] = pairs[2 * i];
+        to[half] = pairs[2 * i + 1];
+        to[2 * half] = -pairs[2 * i + 1];
+    }
+    attn_arena_release(call->arena, mark);
+    memset(x->k_last, 0, bytes);
+    memset(x->v_last, 0, bytes);
+    if (x->k_start != NULL && x->v_start != NULL) {
+        memcpy(x->k_last, x->k_start, bytes);
+        memcpy(x->v_last, x->v_start, bytes);
+    }
+    for (int64_t bh = 0; bh < (given > 0 ? all : 0); bh++) {
+        memcpy(x->k_end + bh * x->ends * d, x->k_given + bh * given * d, (size_t)(given * d) * sizeof(float));
+        memcpy(x->v_end + bh * x->ends * d, x->v_given + bh * given * d, (size_t)(given * d) * sizeof(float));
+    }
+    return ATTN_OK;
+}
+
+/* Turn rows that belong to one chunk, or back. */
+static void turn(const rat_core *x, int64_t chunk, int back, float *rows, int64_t count)
+{
+    int64_t half = x->rotary_dim / 2;
+    const float *table = x->table + (chunk - x->steps / x->chunk) * 3 * half;
+    const attn_row_kernels *kernels = ATTN_KERNEL_SELECT(attn_row_kernels_table, attn_isa_current());
+    for (int64_t t = 0; t < (half > 0 && chunk > 0 ? count : 0); t++) {
+        kernels->rotate(rows + t * x->d, half, table, table + (back ? 2 : 1) * half);
+    }
+}
+
+/* Tokens that go through together: recurrent keys and values (keys turned), turned queries, [B*H][count][d] each. */
+typedef struct tile {
+    float *k, *v, *q;
+    int64_t *end; /* [count]: chunks before a token's own */
+} tile;
+
+static attn_status tile_create(attn_call *call, const rat_core *x, int64_t count, tile *w)
+{
+    int64_t size = x->batch * x->heads * count * x->d;
+    ATTN_TRY(attn_take_f32(call, size, &w->k));
+    ATTN_TRY(attn_take_f32(call, size, &w->v));
+    ATTN_TRY(attn_take_f32(call, size, &w->q));
+    w->end = attn_arena_array(call->arena, (size_t)count, sizeof *w->end);
+    return w->end != NULL ? ATTN_OK : attn_fail_memory((size_t)count * sizeof *w->end);
+}
+
+/* Tokens of a tile whose arrays, `each` numbers for a token, channel and head, stay in the caches. */
+static int64_t tile_tokens(const rat_core *x, int64_t each)
+{
+    int64_t tokens = TILE / attn_max_i64(1, x->batch * x->heads * x->d * each);
+    return attn_min_i64(x->n, attn_max_i64(64, tokens - tokens % 64));
+}
+
+/* Pieces of [t, end) that lie in one chunk: its number, and whether the recurrence starts there. */
+static int64_t piece(const rat_core *x, int64_t t, int64_t end, int64_t *chunk)
+{
+    *chunk = (x->steps + t) / x->chunk;
+    return attn_min_i64(x->chunk - (x->steps + t) % x->chunk, end - t);
+}
+
+/* Rows of head h of batch item b among `shared` heads. */
+static int64_t rows_at(const rat_core *x, int64_t bh, int64_t shared, int64_t stride)
+{
+    return (bh / x->heads * shared + source_head(x, bh % x->heads, shared)) * stride * x->d;
+}
+
+/* One head of a tile: recurrences, chunk ends, the running pair; queries only when the tile has room for them. */
+static void recur(const rat_core *x, const rat_rows *r, const tile *w, int64_t bh)
+{
+    const attn_scan_kernels *kernels = attn_scan_kernels_get();
+    int64_t d = x->d, own = bh * r->stride * d, end = r->first + r->count;
+    const float *k = r->k + rows_at(x, bh, x->k_heads, r->stride), *v = r->v + own, *g = r->g + own;
+    float *kr = w->k + bh * r->count * d, *vr = w->v + bh * r->count * d, *k_last = x->k_last + bh * d, *v_last = x->v_last + bh * d;
+    for (int64_t t = r->first, count, chunk; t < end; t += count) {
+        count = piece(x, t, end, &chunk);
+        int64_t at = (t - r->first) * d, last = at + (count - 1) * d;
         int fresh = (x->steps + t) % x->chunk == 0;
-        const float *before = fresh ? NULL : t > 0 ? out + (t - 1) * d : start;
-        for (int64_t c = 0; c < d; c++) {
-            float gate = g[t * d + c], now = (1 - gate) * in[t * d + c];
-            out[t * d + c] = before != NULL ? gate * before[c] + now : now;
-        }
-    }
-}
-
-/* Room for the recurrence, rotated queries and chunk ends; `ends` counts all chunk ends, those given included. */
-static attn_status core_memory(attn_call *call, rat_core *x)
-{
-    int64_t all = x->batch * x->heads, ends = (x->steps + x->n) / x->chunk;
-    x->kr = attn_scratch_f32(call, all * (3 * x->n + 2 * ends) * x->d);
-    x->lse = attn_scratch_f32(call, all * x->n);
-    x->end = attn_arena_array(call->arena, (size_t)x->n, sizeof *x->end);
-    x->list = attn_arena_array(call->arena, (size_t)all, sizeof *x->list);
-    if (x->kr == NULL || x->lse == NULL || x->end == NULL || x->list == NULL) {
-        return attn_fail_memory((size_t)(all * (3 * x->n + 2 * ends) * x->d) * sizeof(float));
-    }
-    x->ends = ends;
-    x->vr = x->kr + all * x->n * x->d;
-    x->qr = x->vr + all * x->n * x->d;
-    x->k_end = x->qr + all * x->n * x->d;
-    x->v_end = x->k_end + all * ends * x->d;
-    return attn_rope_table(call->arena, 0, (x->steps + x->n) / x->chunk + 1, x->rotary_dim, x->base, &x->table);
-}
-
-attn_status rat_core_forward(attn_call *call, rat_core *x)
-{
-    int64_t all = x->batch * x->heads, d = x->d, given = x->steps / x->chunk;
-    ATTN_TRY(core_memory(call, x));
-    for (int64_t t = 0; t < x->n; t++) {
-        x->end[t] = (x->steps + t) / x->chunk;
-    }
-#pragma omp parallel for schedule(static) num_threads(call->threads) if (call->threads > 1)
-    for (int64_t bh = 0; bh < all; bh++) {
-        int64_t b = bh / x->heads, h = bh % x->heads, at = bh * x->n * d;
-        const float *k = x->k + (b * x->k_heads + source_head(x, h, x->k_heads)) * x->n * d, *g = x->g + at;
-        const float *q = x->q + (b * x->q_heads + source_head(x, h, x->q_heads)) * x->n * d;
-        float *k_end = x->k_end + bh * x->ends * d, *v_end = x->v_end + bh * x->ends * d;
-        recur(x, k, g, x->k_start != NULL ? x->k_start + bh * d : NULL, x->kr + at);
-        recur(x, x->v + at, g, x->v_start != NULL ? x->v_start + bh * d : NULL, x->vr + at);
-        for (int64_t c = 0; c < given; c++) {
-            memcpy(k_end + c * d, x->k_given + (bh * given + c) * d, (size_t)d * sizeof(float));
-            memcpy(v_end + c * d, x->v_given + (bh * given + c) * d, (size_t)d * sizeof(float));
-        }
-        for (int64_t c = given; c < x->ends; c++) {
-            int64_t t = (c + 1) * x->chunk - 1 - x->steps;
-            memcpy(k_end + c * d, x->kr + at + t * d, (size_t)d * sizeof(float));
-            memcpy(v_end + c * d, x->vr + at + t * d, (size_t)d * sizeof(float));
-            attn_rope_apply(x->table + c * x->rotary_dim, x->rotary_dim, 0, 0, k_end + c * d);
-        }
+        kernels->average(count, d, d, k + at, g + at, fresh ? NULL : k_last, kr + at);
+        kernels->average(count, d, d, v + at, g + at, fresh ? NULL : v_last, vr + at);
+        memcpy(k_last, kr + last, (size_t)d * sizeof(float));
+        memcpy(v_last, vr + last, (size_t)d * sizeof(float));
         /* Queries are turned for the chunk ends, so the running key is turned with them: their product stays as it was. */
-        float *qr = x->qr + at;
-        memcpy(qr, q, (size_t)(x->n * d) * sizeof(float));
-        for (int64_t t = 0; t < x->n; t++) {
-            attn_rope_apply(x->table + x->end[t] * x->rotary_dim, x->rotary_dim, 0, 0, qr + t * d);
+        turn(x, chunk, 0, kr + at, count);
+        if (w->q != NULL) {
+            memcpy(w->q + bh * r->count * d + at, r->q + rows_at(x, bh, x->q_heads, r->stride) + at, (size_t)(count * d) * sizeof(float));
+            turn(x, chunk, 0, w->q + bh * r->count * d + at, count);
         }
-        x->list[bh] = (attn_stairs_head){.rows = x->n, .kv = bh, .q = qr, .end = x->end, .k = k_end, .v = v_end, .own_k = x->kr + at,
-                                         .own_v = x->vr + at, .o = x->o + at, .lse = x->lse + bh * x->n};
-        if (x->k_last != NULL && x->n > 0) {
-            memcpy(x->k_last + bh * d, x->kr + at + (x->n - 1) * d, (size_t)d * sizeof(float));
-            memcpy(x->v_last + bh * d, x->vr + at + (x->n - 1) * d, (size_t)d * sizeof(float));
-        }
-        for (int64_t t = 0; t < x->n; t++) {
-            attn_rope_apply(x->table + x->end[t] * x->rotary_dim, x->rotary_dim, 0, 0, x->kr + at + t * d);
-        }
-    }
-    x->stairs = (attn_stairs){x->ends, d, d, all, all, x->scale, x->list};
-    return attn_stairs_forward(&x->stairs, call->arena, call->threads);
-}
-
-/* From a = dLoss/d(recurrent value) without what later tokens pass back: the gradient of the input, and what the gate gets. */
-static void recur_back(const rat_core *x, const float *in, const float *g, const float *out, float *a, float *grad_in, float *grad_g)
-{
-    int64_t d = x->d;
-    for (int64_t t = x->n - 1; t >= 0; t--) {
-        int first = t % x->chunk == 0;
-        for (int64_t c = 0; c < d; c++) {
-            float slope = a[t * d + c], before = first ? 0.0f : out[(t - 1) * d + c];
-            grad_in[t * d + c] = (1 - g[t * d + c]) * slope;
-            grad_g[t * d + c] += slope * (before - in[t * d + c]);
-            if (!first) {
-                a[(t - 1) * d + c] += g[t * d + c] * slope;
-            }
+        if ((x->steps + t + count) % x->chunk == 0) {
+            memcpy(x->k_end + (bh * x->ends + chunk) * d, kr + last, (size_t)d * sizeof(float));
+            memcpy(x->v_end + (bh * x->ends + chunk) * d, vr + last, (size_t)d * sizeof(float));
         }
     }
 }
 
-attn_status rat_core_backward(attn_call *call, rat_core *x, const rat_gradients *grad)
+static void recur_all(attn_call *call, const rat_core *x, const rat_rows *r, const tile *w)
 {
-    ATTN_TRY(rat_core_forward(call, x));
-    int64_t all = x->batch * x->heads, d = x->d, size = x->n * d;
-    float *dq = attn_scratch_f32(call, all * (5 * size + 2 * x->ends * d)), *dk = dq + all * size, *dv = dk + all * size;
-    float *in = dv + all * size, *gate = in + all * size, *dk_end = gate + all * size, *dv_end = dk_end + all * x->ends * d;
-    attn_stairs_gradient *gradients = attn_arena_array(call->arena, (size_t)all, sizeof *gradients);
-    if (dq == NULL || gradients == NULL) {
-        return attn_fail_memory((size_t)(all * 5 * size) * sizeof(float));
-    }
-    for (int64_t bh = 0; bh < all; bh++) {
-        gradients[bh] = (attn_stairs_gradient){.grad_o = grad->o + bh * size, .q = dq + bh * size, .own_k = dk + bh * size,
-                                               .own_v = dv + bh * size};
-    }
-    ATTN_TRY(attn_stairs_backward(&x->stairs, gradients, dk_end, dv_end, call->arena, call->threads));
 #pragma omp parallel for schedule(static) num_threads(call->threads) if (call->threads > 1)
+    for (int64_t bh = 0; bh < x->batch * x->heads; bh++) {
+        recur(x, r, w, bh);
+    }
+}
+
+/* Attention of a tile; lse [B*H][count], or NULL. */
+static attn_status attend(attn_call *call, const rat_core *x, const rat_rows *r, const tile *w, float *lse, attn_stairs_head *list,
+                          attn_stairs *stairs)
+{
+    int64_t all = x->batch * x->heads, size = r->count * x->d;
+    for (int64_t t = 0; t < r->count; t++) {
+        w->end[t] = (x->steps + r->first + t) / x->chunk;
+    }
+    *stairs = (attn_stairs){w->end[r->count - 1], x->d, x->d, all, all, x->scale, list};
     for (int64_t bh = 0; bh < all; bh++) {
-        int64_t at = bh * size;
-        for (int64_t c = 0; c < x->ends; c++) {
-            int64_t t = (c + 1) * x->chunk - 1;
-            for (int64_t i = 0; i < d; i++) {
-                dk[at + t * d + i] += dk_end[(bh * x->ends + c) * d + i];
-                dv[at + t * d + i] += dv_end[(bh * x->ends + c) * d + i];
-            }
-        }
-        for (int64_t t = 0; t < x->n; t++) {
-            const float *turn = x->table + x->end[t] * x->rotary_dim;
-            attn_rope_apply(turn, x->rotary_dim, 0, 1, dk + at + t * d);
-            attn_rope_apply(turn, x->rotary_dim, 0, 1, dq + at + t * d);
-            attn_rope_apply(turn, x->rotary_dim, 0, 1, x->kr + at + t * d); /* back to the recurrent key */
-        }
-        const float *k = x->k + (bh / x->heads * x->k_heads + source_head(x, bh % x->heads, x->k_heads)) * size;
-        memset(gate + at, 0, (size_t)size * sizeof(float));
-        recur_back(x, k, x->g + at, x->kr + at, dk + at, in + at, gate + at);
-        memcpy(dk + at, in + at, (size_t)size * sizeof(float));
-        recur_back(x, x->v + at, x->g + at, x->vr + at, dv + at, in + at, gate + at);
-        if (grad->v != NULL) {
-            memcpy(grad->v + at, in + at, (size_t)size * sizeof(float));
-        }
-        if (grad->g != NULL) {
-            memcpy(grad->g + at, gate + at, (size_t)size * sizeof(float));
+        list[bh] = (attn_stairs_head){.rows = r->count, .kv = bh, .q = w->q + bh * size, .end = w->end, .k = x->k_end + bh * x->ends * x->d,
+                                      .v = x->v_end + bh * x->ends * x->d, .own_k = w->k + bh * size, .own_v = w->v + bh * size,
+                                      .o = r->o + bh * r->stride * x->d, .lse = lse != NULL ? lse + bh * r->count : NULL};
+        if (stairs->keys == 0 && lse == NULL) {
+            memcpy(list[bh].o, list[bh].own_v, (size_t)size * sizeof(float));
         }
     }
-    /* Heads that share a query or key head add up, in order. */
-    for (int64_t bh = 0; bh < all; bh++) {
-        int64_t b = bh / x->heads, h = bh % x->heads;
-        float *to_q = grad->q != NULL ? grad->q + (b * x->q_heads + source_head(x, h, x->q_heads)) * size : NULL;
-        float *to_k = grad->k != NULL ? grad->k + (b * x->k_heads + source_head(x, h, x->k_heads)) * size : NULL;
-        for (int64_t i = 0; i < size; i++) {
-            if (to_q != NULL) {
-                to_q[i] += dq[bh * size + i];
-            }
-            if (to_k != NULL) {
-                to_k[i] += dk[bh * size + i];
+    return stairs->keys == 0 && lse == NULL ? ATTN_OK : attn_stairs_forward(stairs, call->arena, call->threads);
+}
+
+/* Tokens [first, first + count) of `rows`. */
+static rat_rows part_of(const rat_core *x, const rat_rows *rows, int64_t first, int64_t count)
+{
+    int64_t at = (first - rows->first) * x->d;
+    return (rat_rows){first, count, rows->stride, rows->q + at, rows->k + at, rows->v + at, rows->g + at, rows->o != NULL ? rows->o + at : NULL};
+}
+
+attn_status rat_core_forward(attn_call *call, rat_core *x, const rat_rows *rows)
+{
+    attn_arena_mark mark = attn_arena_get_mark(call->arena);
+    int64_t step = attn_max_i64(1, tile_tokens(x, 3)), end = rows->first + rows->count, heads = x->batch * x->heads;
+    attn_stairs_head *list = attn_arena_array(call->arena, (size_t)heads, sizeof *list);
+    attn_stairs stairs;
+    tile w;
+    if (list == NULL) {
+        return attn_fail_memory((size_t)heads * sizeof *list);
+    }
+    ATTN_TRY(tile_create(call, x, step, &w));
+    for (int64_t t = rows->first; t < (heads > 0 ? end : 0); t += step) {
+        rat_rows part = part_of(x, rows, t, attn_min_i64(step, end - t));
+        recur_all(call, x, &part, &w);
+        ATTN_TRY(attend(call, x, &part, &w, NULL, list, &stairs));
+    }
+    attn_arena_release(call->arena, mark);
+    return ATTN_OK;
+}
+
+/* What one tile's backward needs beside its forward. */
+typedef struct back_tile {
+    float *q, *k, *v, *g;     /* gradients, [B*H][count][d] */
+    float *o, *lse;           /* of the forward pass */
+    float *k_part, *v_part;   /* [B*H][keys][d]: of the chunk ends that the tile sees */
+    float *k_end, *v_end;     /* [B*H][ends][d]: their sums over the tiles that follow */
+    attn_stairs_head *list;
+    attn_stairs_gradient *gradients;
+} back_tile;
+
+/* One head of a tile, after the attention's backward: through the ends and the recurrence. */
+static void recur_back(const rat_core *x, const rat_rows *r, const tile *w, const back_tile *y, int64_t keys, const rat_gradients *grad, int64_t bh)
+{
+    const attn_scan_kernels *kernels = attn_scan_kernels_get();
+    const attn_tile_kernels *tiles = attn_tile_kernels_get();
+    int64_t d = x->d, size = r->count * d, end = r->first + r->count;
+    float *dq = y->q + bh * size, *dk = y->k + bh * size, *dv = y->v + bh * size, *dg = y->g + bh * size, *kr = w->k + bh * size;
+    const float *k = r->k + rows_at(x, bh, x->k_heads, r->stride), *v = r->v + bh * r->stride * d, *g = r->g + bh * r->stride * d;
+    float *k_end = y->k_end + bh * x->ends * d, *v_end = y->v_end + bh * x->ends * d;
+    tiles->axpy(k_end, y->k_part + bh * keys * d, keys * d, 1);
+    tiles->axpy(v_end, y->v_part + bh * keys * d, keys * d, 1);
+    for (int64_t t = r->first, count, chunk; t < end; t += count) {
+        count = piece(x, t, end, &chunk);
+        int64_t at = (t - r->first) * d, last = at + (count - 1) * d;
+        if (chunk < x->ends) {
+            tiles->axpy(dk + last, k_end + chunk * d, d, 1);
+            tiles->axpy(dv + last, v_end + chunk * d, d, 1);
+        }
+        turn(x, chunk, 1, dq + at, count);
+        turn(x, chunk, 1, dk + at, count);
+        turn(x, chunk, 1, kr + at, count);
+        kernels->average_back(count, d, k + at, g + at, NULL, kr + at, dk + at, dk + at, dg + at, 0);
+        kernels->average_back(count, d, v + at, g + at, NULL, w->v + bh * size + at, dv + at, dv + at, dg + at, 1);
+    }
+    int64_t own = bh * r->stride * d + r->first * d;
+    if (grad->v != NULL) {
+        memcpy(grad->v + own, dv, (size_t)size * sizeof(float));
+    }
+    if (grad->g != NULL) {
+        memcpy(grad->g + own, dg, (size_t)size * sizeof(float));
+    }
+}
+
+/* Heads that share a query or key head add up, in order. */
+static void share(attn_call *call, const rat_core *x, const rat_rows *r, const float *from, int64_t shared, float *to)
+{
+    int64_t size = r->count * x->d;
+#pragma omp parallel for schedule(static) num_threads(call->threads) if (call->threads > 1)
+    for (int64_t i = 0; i < (to != NULL ? x->batch * shared : 0); i++) {
+        for (int64_t h = 0; h < x->heads; h++) {
+            if (source_head(x, h, shared) == i % shared) {
+                attn_tile_kernels_get()->axpy(to + (i * r->stride + r->first) * x->d, from + (i / shared * x->heads + h) * size, size, 1);
             }
         }
     }
+}
+
+static attn_status back_memory(attn_call *call, const rat_core *x, int64_t step, back_tile *y)
+{
+    int64_t all = x->batch * x->heads, size = all * step * x->d, ends = all * x->ends * x->d;
+    float **parts[] = {&y->q, &y->k, &y->v, &y->g, &y->o, &y->k_part, &y->v_part, &y->k_end, &y->v_end};
+    for (int i = 0; i < 9; i++) {
+        ATTN_TRY(attn_take_f32(call, i < 5 ? size : ends, parts[i]));
+    }
+    memset(y->k_end, 0, (size_t)ends * sizeof(float));
+    memset(y->v_end, 0, (size_t)ends * sizeof(float));
+    ATTN_TRY(attn_take_f32(call, all * step, &y->lse));
+    y->list = attn_arena_array(call->arena, (size_t)all, sizeof *y->list);
+    y->gradients = attn_arena_array(call->arena, (size_t)all, sizeof *y->gradients);
+    return y->list != NULL && y->gradients != NULL ? ATTN_OK : attn_fail_memory((size_t)all * sizeof *y->list);
+}
+
+attn_status rat_core_backward(attn_call *call, rat_core *x, const rat_rows *rows, const rat_gradients *grad)
+{
+    /* Tiles of whole chunks: nothing flows back from one to the one before but through the ends. */
+    int64_t step = attn_max_i64(1, attn_min_i64(x->n, attn_ceil_div(tile_tokens(x, 8), x->chunk) * x->chunk)), all = x->batch * x->heads;
+    attn_arena_mark mark = attn_arena_get_mark(call->arena);
+    tile w, ends_only;
+    back_tile y;
+    attn_stairs stairs;
+    ATTN_TRY(rat_core_open(call, x));
+    ATTN_TRY(tile_create(call, x, step, &w));
+    ATTN_TRY(back_memory(call, x, step, &y));
+    ends_only = w;
+    ends_only.q = NULL;
+    for (int64_t t = 0; t < x->n; t += step) {
+        rat_rows part = part_of(x, rows, t, attn_min_i64(step, x->n - t));
+        recur_all(call, x, &part, &ends_only);
+    }
+    for (int64_t t = x->n > 0 && all > 0 ? (x->n - 1) / step * step : -1; t >= 0; t -= step) {
+        rat_rows part = part_of(x, rows, t, attn_min_i64(step, x->n - t)), inner = part;
+        int64_t size = part.count * x->d;
+        inner.o = y.o;
+        recur_all(call, x, &part, &w);
+        inner.stride = part.count;
+        ATTN_TRY(attend(call, x, &inner, &w, y.lse, y.list, &stairs));
+        for (int64_t bh = 0; bh < all; bh++) {
+            y.gradients[bh] = (attn_stairs_gradient){.grad_o = grad->o + (bh * rows->stride + t) * x->d, .q = y.q + bh * size,
+                                                     .own_k = y.k + bh * size, .own_v = y.v + bh * size};
+        }
+        ATTN_TRY(attn_stairs_backward(&stairs, y.gradients, y.k_part, y.v_part, call->arena, call->threads));
+#pragma omp parallel for schedule(static) num_threads(call->threads) if (call->threads > 1)
+        for (int64_t bh = 0; bh < all; bh++) {
+            recur_back(x, &part, &w, &y, stairs.keys, grad, bh);
+        }
+        share(call, x, &part, y.q, x->q_heads, grad->q);
+        share(call, x, &part, y.k, x->k_heads, grad->k);
+    }
+    attn_arena_release(call->arena, mark);
     return ATTN_OK;
 }
 
@@ -240,8 +369,7 @@ static attn_status rat_setup(const attn_call *call, rat_core *x)
     const rat_params *p = call->params;
     *x = (rat_core){.batch = attn_dim(call, "B"), .heads = attn_dim(call, "H"), .q_heads = attn_dim(call, "Hq"),
                     .k_heads = attn_dim(call, "Hk"), .n = attn_dim(call, "N"), .d = attn_dim(call, "D"), .chunk = p->chunk,
-                    .rotary_dim = p->rotary_dim, .steps = p->steps, .tiled = p->head_map == 1, .base = p->rotary_base,
-                    .q = attn_f32(call->t[Q]), .k = attn_f32(call->t[K]), .v = attn_f32(call->t[V]), .g = attn_f32(call->t[G])};
+                    .rotary_dim = p->rotary_dim, .steps = p->steps, .tiled = p->head_map == 1, .base = p->rotary_base};
     x->scale = attn_default_scale(p->scale, x->d);
     if (x->q_heads < 1 || x->k_heads < 1 || x->heads % x->q_heads != 0 || x->heads % x->k_heads != 0) {
         return attn_fail(ATTN_ERR_SHAPE, "q has %lld heads and k has %lld, expected divisors of H = %lld", (long long)x->q_heads,
@@ -268,48 +396,35 @@ static attn_status rat_bind(attn_call *call)
     return ATTN_OK;
 }
 
-static void return_ends(attn_call *call, const rat_core *x, int k_end, int v_end)
+/* All tokens; the chunk ends are made where they are wanted. */
+static attn_status run(attn_call *call, rat_core *x, int o, int k_end)
 {
-    size_t bytes = (size_t)(x->batch * x->heads * x->ends * x->d) * sizeof(float);
-    if (x->ends > 0) {
-        memcpy(call->t[k_end]->data, x->k_end, bytes);
-        memcpy(call->t[v_end]->data, x->v_end, bytes);
-    }
-}
-
-/* A state of no token at all. */
-static void clear_last(const rat_core *x)
-{
-    if (x->n == 0) {
-        memset(x->k_last, 0, (size_t)(x->batch * x->heads * x->d) * sizeof(float));
-        memset(x->v_last, 0, (size_t)(x->batch * x->heads * x->d) * sizeof(float));
-    }
+    rat_rows rows = {0, x->n, x->n, attn_f32(call->t[Q]), attn_f32(call->t[K]), attn_f32(call->t[V]), attn_f32(call->t[G]), attn_f32(call->t[o])};
+    size_t bytes = (size_t)(x->batch * x->heads * x->d) * sizeof(float);
+    x->k_end = attn_f32(call->t[k_end]);
+    x->v_end = attn_f32(call->t[k_end + 1]);
+    ATTN_TRY(rat_core_open(call, x));
+    ATTN_TRY(rat_core_forward(call, x, &rows));
+    memcpy(call->t[k_end + 2]->data, x->k_last, bytes);
+    memcpy(call->t[k_end + 3]->data, x->v_last, bytes);
+    return ATTN_OK;
 }
 
 static attn_status rat_forward(attn_call *call)
 {
     rat_core x;
     ATTN_TRY(rat_setup(call, &x));
-    x.o = attn_f32(call->t[O]);
-    x.k_last = attn_f32(call->t[K_LAST]);
-    x.v_last = attn_f32(call->t[V_LAST]);
-    clear_last(&x);
-    ATTN_TRY(rat_core_forward(call, &x));
-    return_ends(call, &x, K_END, V_END);
-    return ATTN_OK;
+    return run(call, &x, O, K_END);
 }
 
 static attn_status rat_backward(attn_call *call)
 {
     rat_core x;
     ATTN_TRY(rat_setup(call, &x));
-    x.o = attn_scratch_f32(call, x.batch * x.heads * x.n * x.d);
-    if (x.o == NULL) {
-        return attn_fail_memory((size_t)(x.batch * x.heads * x.n * x.d) * sizeof(float));
-    }
+    rat_rows rows = {0, x.n, x.n, attn_f32(call->t[Q]), attn_f32(call->t[K]), attn_f32(call->t[V]), attn_f32(call->t[G]), NULL};
     rat_gradients g = {attn_f32(call->grad[O]), attn_f32(call->grad[Q]), attn_f32(call->grad[K]), attn_f32(call->grad[V]),
                        attn_f32(call->grad[G])};
-    return rat_core_backward(call, &x, &g);
+    return rat_core_backward(call, &x, &rows, &g);
 }
 
 static attn_status rat_cost(attn_call *call, attn_cost *cost)
@@ -364,21 +479,11 @@ static attn_status decode_forward(attn_call *call)
 {
     rat_core x;
     ATTN_TRY(rat_setup(call, &x));
-    x.o = attn_f32(call->t[D_O]);
     x.k_given = attn_f32(call->t[D_K_END]);
     x.v_given = attn_f32(call->t[D_V_END]);
     x.k_start = attn_f32(call->t[D_K_LAST]);
     x.v_start = attn_f32(call->t[D_V_LAST]);
-    x.k_last = attn_f32(call->t[D_OUT + 2]);
-    x.v_last = attn_f32(call->t[D_OUT + 3]);
-    clear_last(&x);
-    if (x.n == 0 && x.k_start != NULL && x.v_start != NULL) {
-        memcpy(x.k_last, x.k_start, (size_t)(x.batch * x.heads * x.d) * sizeof(float));
-        memcpy(x.v_last, x.v_start, (size_t)(x.batch * x.heads * x.d) * sizeof(float));
-    }
-    ATTN_TRY(rat_core_forward(call, &x));
-    return_ends(call, &x, D_OUT, D_OUT + 1);
-    return ATTN_OK;
+    return run(call, &x, D_O, D_OUT);
 }
 
 const attn_op_class attn_op_rat_decode = {
@@ -418,17 +523,14 @@ static attn_status scan_forward(attn_call *call)
     const scan_params *p = call->params;
     int64_t n = attn_dim(call, "N"), width = attn_dim(call, "C");
     const float *state = p->chunk == 0 ? attn_f32(call->t[S_STATE]) : NULL;
+    int64_t pieces = attn_ceil_div(width, SCAN_WIDTH), chunk = p->chunk > 0 ? p->chunk : attn_max_i64(1, n);
 #pragma omp parallel for num_threads(call->threads) if (call->threads > 1)
-    for (int64_t b = 0; b < attn_dim(call, "B"); b++) {
-        for (int64_t t = 0; t < n; t++) {
-            int64_t at = (b * n + t) * width;
-            const float *x = attn_f32(call->t[S_X]) + at, *g = attn_f32(call->t[S_G]) + at;
-            float *o = attn_f32(call->t[S_O]) + at;
-            int fresh = p->chunk > 0 ? t % p->chunk == 0 : t == 0;
-            const float *before = !fresh ? o - width : state != NULL ? state + b * width : NULL;
-            for (int64_t c = 0; c < width; c++) {
-                o[c] = (before != NULL ? g[c] * before[c] : 0.0f) + (1 - g[c]) * x[c];
-            }
+    for (int64_t i = 0; i < attn_dim(call, "B") * pieces; i++) {
+        int64_t b = i / pieces, c = i % pieces * SCAN_WIDTH, some = attn_min_i64(SCAN_WIDTH, width - c);
+        for (int64_t t = 0; t < n; t += chunk) {
+            int64_t at = (b * n + t) * width + c;
+            attn_scan_kernels_get()->average(attn_min_i64(chunk, n - t), some, width, attn_f32(call->t[S_X]) + at, attn_f32(call->t[S_G]) + at,
+                                             state != NULL ? state + b * width + c : NULL, attn_f32(call->t[S_O]) + at);
         }
     }
     return ATTN_OK;

@@ -10,20 +10,25 @@ typedef struct rat_core {
     int64_t steps; /* tokens before the first; then the state is given */
     int tiled;     /* head h reads query and key head h mod (their number), not h / (...) */
     double scale, base;
-    const float *q, *k, *v, *g; /* [B][Hq|Hk|H|H][n][d] */
     const float *k_given, *v_given, *k_start, *v_start;
-    float *o, *k_last, *v_last; /* k_last and v_last may be NULL */
-    /* Made by the forward pass in scratch memory. */
-    int64_t ends;          /* complete chunks, those before included */
-    float *kr, *vr, *qr;   /* [B*H][n][d]: recurrent keys (rotated) and values, rotated queries */
-    float *k_end, *v_end;  /* [B*H][ends][d] */
-    float *lse, *table;
-    int64_t *end;
-    attn_stairs_head *list;
-    attn_stairs stairs;
+    float *k_end, *v_end; /* [B*H][ends][d], made by rat_core_open when NULL */
+    /* The rest is rat_core_open's: */
+    int64_t ends;           /* complete chunks, those before included */
+    float *k_last, *v_last; /* [B*H][d]: the running pair, not rotated */
+    float *table;           /* of chunks from steps/chunk on: cosines, sines and negative sines */
 } rat_core;
 
-attn_status rat_core_forward(attn_call *call, rat_core *core);
+/* Some tokens: [B][Hq|Hk|H|H|H] heads that lie `stride` tokens of d numbers apart. */
+typedef struct rat_rows {
+    int64_t first, count, stride; /* first: of the n tokens */
+    const float *q, *k, *v, *g;
+    float *o;
+} rat_rows;
+
+/* Memory for the state, and what is given of it. */
+attn_status rat_core_open(attn_call *call, rat_core *core);
+/* All tokens in order, in one call or several. Goes through them in tiles: scratch memory does not depend on their number. */
+attn_status rat_core_forward(attn_call *call, rat_core *core, const rat_rows *rows);
 
 /* o is incoming; v and g are overwritten, q and k are added to. Each may be NULL but o. */
 typedef struct rat_gradients {
@@ -31,7 +36,7 @@ typedef struct rat_gradients {
     float *q, *k, *v, *g;
 } rat_gradients;
 
-/* Runs the forward pass itself; steps must be 0. */
-attn_status rat_core_backward(attn_call *call, rat_core *core, const rat_gradients *gradients);
+/* Of all tokens at once, heads n tokens apart. Opens the core and runs it forward itself; steps must be 0. rows->o is not used. */
+attn_status rat_core_backward(attn_call *call, rat_core *core, const rat_rows *rows, const rat_gradients *gradients);
 
 #endif

@@ -1,6 +1,8 @@
 /* RAT in a network (arXiv:2507.04416): the gated layer around the core, rotary sliding-window attention, and the stack that
  * interleaves both.
  */
+#include "kernel/linear.h"
+#include "kernel/rows.h"
 #include "layer/ffn.h"
 #include "layer/heads.h"
 #include "layer/linear.h"
@@ -13,6 +15,7 @@
 
 #define DIFF ATTN_PORT_DIFF
 #define MAYBE (ATTN_PORT_DIFF | ATTN_PORT_OPTIONAL)
+#define PART 1024 /* tokens of a sequence that go through a RAT layer together */
 
 static float *floats(attn_call *call, int64_t count, attn_status *status)
 {
@@ -229,7 +232,7 @@ typedef struct weight_gradients {
 typedef struct mixed {
     int64_t columns;            /* of proj */
     float *y, *proj, *v, *g, *q, *k, *a, *m; /* norm, projection, heads, attention by head, what w_o reads */
-    rat_core core;
+    rat_rows rows;
     local local;
 } mixed;
 
@@ -253,28 +256,36 @@ static attn_status mix_begin(attn_call *call, const shape *s, const weights *w, 
 
 static int64_t rat_columns(const shape *s) { return 3 * s->width + 2 * s->groups * (s->width / s->heads); }
 
-/* Columns: z, v, g, q, k. */
-static attn_status rat_mix(attn_call *call, const shape *s, const weights *w, const float *x, mixed *f)
+static rat_core core_of(const shape *s)
+{
+    int64_t d = s->width / s->heads;
+    return (rat_core){.batch = s->batch, .heads = s->heads, .q_heads = s->groups, .k_heads = s->groups, .n = s->n, .d = d, .chunk = s->chunk,
+                      .rotary_dim = s->rotary_dim, .tiled = 1, .scale = 1 / sqrt((double)d), .base = s->base};
+}
+
+/* Columns: z, v, g, q, k; z and g become gates there. x holds the tokens from `first` on that `s` describes, of an open core. */
+static attn_status rat_mix(attn_call *call, const shape *s, const weights *w, const float *x, rat_core *core, int64_t first, mixed *f)
 {
     int64_t c = s->width, d = c / s->heads, tokens = s->batch * s->n;
+    const attn_row_kernels *kernels = ATTN_KERNEL_SELECT(attn_row_kernels_table, attn_isa_current());
     ATTN_TRY(mix_begin(call, s, w, x, rat_columns(s), f));
 #pragma omp parallel for schedule(static) num_threads(call->threads) if (call->threads > 1)
-    for (int64_t i = 0; i < tokens * c; i++) {
-        float *gate = f->proj + i / c * f->columns + 2 * c + i % c;
-        *gate = (float)attn_sigmoid((double)*gate + (double)w->bias[i % c]);
+    for (int64_t t = 0; t < tokens; t++) {
+        float *z = f->proj + t * f->columns, *gate = z + 2 * c;
+        kernels->add(gate, w->bias, c);
+        kernels->function(ATTN_ROW_SIGMOID, gate, NULL, c, gate);
+        kernels->function(ATTN_ROW_SIGMOID, z, NULL, c, z);
     }
     move_heads(call->threads, s->batch, s->n, s->heads, d, f->proj, f->columns, c, f->v, 0);
     move_heads(call->threads, s->batch, s->n, s->heads, d, f->proj, f->columns, 2 * c, f->g, 0);
     move_heads(call->threads, s->batch, s->n, s->groups, d, f->proj, f->columns, 3 * c, f->q, 0);
     move_heads(call->threads, s->batch, s->n, s->groups, d, f->proj, f->columns, 3 * c + s->groups * d, f->k, 0);
-    f->core = (rat_core){.batch = s->batch, .heads = s->heads, .q_heads = s->groups, .k_heads = s->groups, .n = s->n, .d = d,
-                         .chunk = s->chunk, .rotary_dim = s->rotary_dim, .tiled = 1, .scale = 1 / sqrt((double)d), .base = s->base,
-                         .q = f->q, .k = f->k, .v = f->v, .g = f->g, .o = f->a};
-    ATTN_TRY(rat_core_forward(call, &f->core));
+    f->rows = (rat_rows){first, s->n, s->n, f->q, f->k, f->v, f->g, f->a};
+    ATTN_TRY(rat_core_forward(call, core, &f->rows));
     move_heads(call->threads, s->batch, s->n, s->heads, d, f->m, c, 0, f->a, 1);
 #pragma omp parallel for schedule(static) num_threads(call->threads) if (call->threads > 1)
-    for (int64_t i = 0; i < tokens * c; i++) {
-        f->m[i] = (float)(attn_sigmoid((double)f->proj[i / c * f->columns + i % c]) * (double)f->m[i]);
+    for (int64_t t = 0; t < tokens; t++) {
+        attn_linear_kernels_get()->multiply(f->m + t * c, f->m + t * c, f->proj + t * f->columns, c);
     }
     return ATTN_OK;
 }
@@ -297,17 +308,50 @@ static attn_status local_mix(attn_call *call, const shape *s, const weights *w, 
     return ATTN_OK;
 }
 
-/* Is the layer a RAT layer (is_rat) or a local one. */
-static attn_status mixer_forward(attn_call *call, const shape *s, int is_rat, const weights *w, const float *x, float *o)
+static attn_status mixer_end(attn_call *call, const shape *s, const weights *w, const mixed *f, const float *x, float *o)
 {
     int64_t tokens = s->batch * s->n;
-    attn_arena_mark mark = attn_arena_get_mark(call->arena);
-    mixed f;
-    ATTN_TRY(is_rat ? rat_mix(call, s, w, x, &f) : local_mix(call, s, w, x, &f));
-    ATTN_TRY(attn_linear_forward(call->arena, call->threads, tokens, s->width, s->width, f.m, w->out, NULL, o));
+    ATTN_TRY(attn_linear_forward(call->arena, call->threads, tokens, s->width, s->width, f->m, w->out, NULL, o));
     if (s->residual) {
         attn_add_f32(call->threads, tokens * s->width, o, x);
     }
+    return ATTN_OK;
+}
+
+/* One sequence in parts, so that what lies between stays in the caches. */
+static attn_status rat_parts(attn_call *call, const shape *sequence, const weights *w, const float *x, float *o)
+{
+    shape s = *sequence;
+    rat_core core = core_of(&s);
+    ATTN_TRY(rat_core_open(call, &core));
+    for (int64_t first = 0; first < sequence->n; first += PART) {
+        attn_arena_mark mark = attn_arena_get_mark(call->arena);
+        int64_t at = first * s.width;
+        mixed f;
+        s.n = attn_min_i64(PART, sequence->n - first);
+        ATTN_TRY(rat_mix(call, &s, w, x + at, &core, first, &f));
+        ATTN_TRY(mixer_end(call, &s, w, &f, x + at, o + at));
+        attn_arena_release(call->arena, mark);
+    }
+    return ATTN_OK;
+}
+
+/* Is the layer a RAT layer (is_rat) or a local one. */
+static attn_status mixer_forward(attn_call *call, const shape *s, int is_rat, const weights *w, const float *x, float *o)
+{
+    attn_arena_mark mark = attn_arena_get_mark(call->arena);
+    if (is_rat) {
+        shape one = *s;
+        one.batch = 1;
+        for (int64_t b = 0; b < s->batch; b++) {
+            ATTN_TRY(rat_parts(call, &one, w, x + b * s->n * s->width, o + b * s->n * s->width));
+            attn_arena_release(call->arena, mark);
+        }
+        return ATTN_OK;
+    }
+    mixed f;
+    ATTN_TRY(local_mix(call, s, w, x, &f));
+    ATTN_TRY(mixer_end(call, s, w, &f, x, o));
     attn_arena_release(call->arena, mark);
     return ATTN_OK;
 }
@@ -320,7 +364,9 @@ static attn_status mixer_backward(attn_call *call, const shape *s, int is_rat, c
     attn_arena_mark mark = attn_arena_get_mark(call->arena);
     attn_status status = ATTN_OK;
     mixed f;
-    ATTN_TRY(is_rat ? rat_mix(call, s, w, x, &f) : local_mix(call, s, w, x, &f));
+    rat_core core = core_of(s);
+    ATTN_TRY(is_rat ? rat_core_open(call, &core) : ATTN_OK);
+    ATTN_TRY(is_rat ? rat_mix(call, s, w, x, &core, 0, &f) : local_mix(call, s, w, x, &f));
     float *dm = floats(call, size, &status), *da = floats(call, size, &status), *dv = floats(call, size, &status);
     float *dg = floats(call, size, &status), *dq = floats(call, size, &status), *dk = floats(call, size, &status);
     float *proj = floats(call, tokens * f.columns, &status);
@@ -331,7 +377,7 @@ static attn_status mixer_backward(attn_call *call, const shape *s, int is_rat, c
         move_heads(call->threads, s->batch, s->n, s->heads, d, a, c, 0, f.a, 1);
 #pragma omp parallel for schedule(static) num_threads(call->threads) if (call->threads > 1)
         for (int64_t i = 0; i < size; i++) {
-            double z = attn_sigmoid((double)f.proj[i / c * f.columns + i % c]);
+            double z = (double)f.proj[i / c * f.columns + i % c];
             proj[i / c * f.columns + i % c] = (float)((double)dm[i] * (double)a[i] * z * (1 - z));
             dm[i] = (float)((double)dm[i] * z);
         }
@@ -339,7 +385,7 @@ static attn_status mixer_backward(attn_call *call, const shape *s, int is_rat, c
         memset(dq, 0, (size_t)size * sizeof(float));
         memset(dk, 0, (size_t)size * sizeof(float));
         rat_gradients g = {da, dq, dk, dv, dg};
-        ATTN_TRY(rat_core_backward(call, &f.core, &g));
+        ATTN_TRY(rat_core_backward(call, &core, &f.rows, &g));
 #pragma omp parallel for schedule(static) num_threads(call->threads) if (call->threads > 1)
         for (int64_t i = 0; i < size; i++) {
             dg[i] *= f.g[i] * (1 - f.g[i]);
