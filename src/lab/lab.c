@@ -6,7 +6,7 @@
 #include <string.h>
 #include <time.h>
 
-#define EXPERIMENTS(X) X(agent) X(bam) X(based) X(disendiff) X(lightning) X(moh) X(mrsa) X(rat) X(rcmha) X(retrieval_head) X(softpag) X(tnl)
+#define EXPERIMENTS(X) X(agent) X(bam) X(based) X(disendiff) X(dsf) X(lightning) X(moh) X(mrsa) X(rat) X(rcmha) X(retrieval_head) X(softpag) X(tnl)
 
 #define X(name) extern const attn_lab_class attn_lab_##name;
 EXPERIMENTS(X)

@@ -259,6 +259,7 @@ static void call_init(attn_call *call, const attn_op *op)
         call->t[i] = NULL;
         call->grad[i] = NULL;
         call->dropped[i] = 0;
+        call->spare[i] = 0;
     }
 }
 
@@ -412,6 +413,7 @@ static attn_status prepare_outputs(attn_call *call, const attn_named_tensor *out
             ATTN_TRY(scratch_tensor(call, port->name, &call->storage[i], want.dtype, want.ndim, want.shape));
         }
         call->t[i] = &call->storage[i];
+        call->spare[i] = given[i] < 0;
     }
     return ATTN_OK;
 }

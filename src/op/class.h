@@ -96,6 +96,7 @@ typedef struct attn_call {
     attn_tensor *grad[ATTN_MAX_PORTS]; /* by port number; backward only */
     attn_arena *arena;
     int threads;
+    unsigned char spare[ATTN_MAX_PORTS]; /* outputs that nobody asked for: scratch memory that need not be filled */
     /* The framework's own. */
     attn_symbol symbols[ATTN_MAX_SYMBOLS];
     int symbol_count;

@@ -53,7 +53,7 @@ attn_status rat_core_open(attn_call *call, rat_core *x)
         memcpy(x->k_last, x->k_start, bytes);
         memcpy(x->v_last, x->v_start, bytes);
     }
-    for (int64_t bh = 0; bh < (given > 0 ? all : 0); bh++) {
+    for (int64_t bh = 0; bh < (given > 0 && x->k_end != x->k_given ? all : 0); bh++) {
         memcpy(x->k_end + bh * x->ends * d, x->k_given + bh * given * d, (size_t)(given * d) * sizeof(float));
         memcpy(x->v_end + bh * x->ends * d, x->v_given + bh * given * d, (size_t)(given * d) * sizeof(float));
     }
@@ -403,6 +403,10 @@ static attn_status run(attn_call *call, rat_core *x, int o, int k_end)
     size_t bytes = (size_t)(x->batch * x->heads * x->d) * sizeof(float);
     x->k_end = attn_f32(call->t[k_end]);
     x->v_end = attn_f32(call->t[k_end + 1]);
+    if (call->spare[k_end] && call->spare[k_end + 1] && (x->steps + x->n) / x->chunk == x->steps / x->chunk) {
+        x->k_end = (float *)(uintptr_t)x->k_given; /* nothing is added, and nobody wants a copy */
+        x->v_end = (float *)(uintptr_t)x->v_given;
+    }
     ATTN_TRY(rat_core_open(call, x));
     ATTN_TRY(rat_core_forward(call, x, &rows));
     memcpy(call->t[k_end + 2]->data, x->k_last, bytes);
@@ -490,7 +494,7 @@ const attn_op_class attn_op_rat_decode = {
     .info = {.name = "rat.decode",
              .title = "RAT for new tokens, with state",
              .summary = "Continues rat from its state: the ends of complete chunks and the running key and value. A token reads 1/chunk of the "
-                        "cache that attention would.",
+                        "cache that attention would; ask for k_end and v_end only where a chunk ends, they are copies.",
              .paper = "arXiv:2507.04416",
              ATTN_TABLE(decode_param_table, decode_ports)},
     .params_size = sizeof(rat_params),
