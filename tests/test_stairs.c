@@ -17,14 +17,14 @@ enum { MOST_HEADS = 16 };
 
 typedef struct layout {
     int64_t kv, heads_each, rows, keys, d, dv; /* rows: of the longest head; the others have fewer */
-    int own, relative, causal;
+    int own, relative, causal, scattered; /* scattered: queries in the opposite order */
 } layout;
 
 typedef struct problem {
     attn_stairs stairs;
     attn_stairs_head heads[MOST_HEADS];
     float *memory[MOST_HEADS * 8];
-    int64_t *ends[MOST_HEADS];
+    int64_t *ends[MOST_HEADS], *places[MOST_HEADS];
     int count;
 } problem;
 
@@ -60,6 +60,13 @@ static void make(problem *p, const layout *l, uint64_t seed)
                                          .k = fresh ? numbers(p, &random, l->keys * l->d, 1) : p->heads[h - 1].k,
                                          .v = fresh ? numbers(p, &random, l->keys * l->dv, 1) : p->heads[h - 1].v,
                                          .o = numbers(p, &random, rows * l->dv, 9), .lse = numbers(p, &random, rows, 9)};
+        int64_t *place = malloc(((size_t)rows + 1) * sizeof *place);
+        assert_non_null(place);
+        p->places[h] = place;
+        for (int64_t r = 0; r < rows; r++) {
+            place[r] = rows - 1 - r;
+        }
+        p->heads[h].q_row = l->scattered ? place : NULL;
         if (l->own) {
             p->heads[h].own_k = numbers(p, &random, rows * l->d, 1);
             p->heads[h].own_v = numbers(p, &random, rows * l->dv, 1);
@@ -85,6 +92,7 @@ static void destroy(problem *p)
     }
     for (int64_t h = 0; h < p->stairs.head_count; h++) {
         free(p->ends[h]);
+        free(p->places[h]);
     }
 }
 
@@ -101,7 +109,7 @@ static void check_row(const problem *p, int64_t h, int64_t r, const char *what)
 {
     const attn_stairs *s = &p->stairs;
     const attn_stairs_head *head = &p->heads[h];
-    const float *q = head->q + r * s->d;
+    const float *q = head->q + (head->q_row != NULL ? head->q_row[r] : r) * s->d;
     int64_t count = head->end[r] + (head->own_k != NULL);
     double *score = calloc((size_t)count + 1, sizeof *score), top = -INFINITY, sum = 0;
     assert_non_null(score);
@@ -147,9 +155,10 @@ static void check(const problem *p, const char *what)
 }
 
 static const layout layouts[] = {
-    {2, 3, 60, 150, 16, 16, 0, 0, 1},  {2, 1, 250, 700, 7, 5, 0, 0, 0}, {1, 4, 4, 300, 12, 9, 0, 0, 0},  {3, 2, 2, 600, 64, 64, 0, 0, 1},
-    {2, 2, 40, 30, 5, 3, 0, 0, 1},     {2, 1, 30, 90, 8, 8, 1, 0, 0},   {1, 2, 8, 40, 8, 4, 1, 0, 1},    {2, 2, 70, 620, 16, 8, 0, 1, 1},
-    {2, 4, 4, 300, 10, 10, 0, 1, 1},   {1, 1, 33, 40, 3, 2, 0, 1, 0},   {1, 3, 1, 1, 1, 1, 0, 0, 1},     {1, 2, 3, 0, 4, 4, 0, 0, 1},
+    {2, 3, 60, 150, 16, 16, 0, 0, 1, 0},  {2, 1, 250, 700, 7, 5, 0, 0, 0, 0}, {1, 4, 4, 300, 12, 9, 0, 0, 0, 0},  {3, 2, 2, 600, 64, 64, 0, 0, 1, 0},
+    {2, 2, 40, 30, 5, 3, 0, 0, 1, 0},     {2, 1, 30, 90, 8, 8, 1, 0, 0, 0},   {1, 2, 8, 40, 8, 4, 1, 0, 1, 0},    {2, 2, 70, 620, 16, 8, 0, 1, 1, 0},
+    {2, 4, 4, 300, 10, 10, 0, 1, 1, 0},   {1, 1, 33, 40, 3, 2, 0, 1, 0, 0},   {1, 3, 1, 1, 1, 1, 0, 0, 1, 0},     {1, 2, 3, 0, 4, 4, 0, 0, 1, 0},
+    {2, 2, 50, 90, 9, 4, 0, 0, 1, 1},  {1, 3, 5, 70, 6, 6, 0, 0, 1, 1},
 };
 
 static void test_reference(void **state)

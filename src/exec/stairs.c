@@ -36,7 +36,10 @@ void attn_stairs_pad(const attn_tile_kernels *kernels, float *to, const float *f
 
 void attn_stairs_queries(const stairs_problem *p, const attn_stairs_head *head, int64_t first, int64_t rows, int64_t pad, float *to)
 {
-    attn_stairs_pad(p->kernels, to, head->q + first * p->d, rows, p->d, pad, p->factor);
+    for (int64_t r = 0; r < rows; r++) {
+        int64_t at = head->q_row != NULL ? head->q_row[first + r] : first + r;
+        attn_stairs_pad(p->kernels, to + r * pad, head->q + at * p->d, 1, p->d, pad, p->factor);
+    }
     for (int64_t r = 0; r < rows && head->q_bias != NULL; r++) {
         p->kernels->axpy(to + r * pad, head->q_bias, p->d, p->factor);
     }

@@ -11,6 +11,7 @@
 typedef struct attn_stairs_head {
     int64_t rows, kv;
     const float *q;     /* [rows][d] */
+    const int64_t *q_row; /* row r of the queries is row q_row[r] of q; NULL: row r. Not with keys of their own or relative positions. */
     const int64_t *end; /* [rows], 0 ... keys; best sorted */
     const float *k, *v; /* [keys][d], [keys][dv] */
     const float *own_k, *own_v; /* [rows][d], [rows][dv]: one more key per row; or both NULL */

@@ -82,10 +82,11 @@ attn_status attn_stairs_steps_next(attn_stairs_steps *steps, int64_t end, attn_a
     for (int64_t h = 0; h < s->head_count; h++) {
         attn_stairs_head *head = &steps->room[h];
         const attn_stairs_head *all = &steps->all[h];
-        int64_t done = (head->q - all->q) / s->d + head->rows;
+        int64_t done = head->end - all->end + head->rows;
         *head = *all;
         head->rows = done < all->rows && all->end[done] <= end;
-        head->q += done * s->d;
+        head->q += all->q_row != NULL ? 0 : done * s->d;
+        head->q_row = all->q_row != NULL ? all->q_row + done : NULL;
         head->end += done;
         head->own_k = all->own_k != NULL ? all->own_k + done * s->d : NULL;
         head->own_v = all->own_v != NULL ? all->own_v + done * s->dv : NULL;

@@ -33,11 +33,11 @@ void attn_moh_choose(int64_t count, int64_t chosen, const float *x, int64_t *ind
 
 /* ---- moh_lists.c: attention of the chosen heads ---- */
 
-/* Rows of all heads, those of head h of batch item b in list b * H + h: gathered, in the order of the lists. */
+/* Rows of all heads, those of head h of batch item b in list b * H + h, in the order of the lists. */
 typedef struct moh_lists {
     attn_lists lists;
     attn_stairs stairs;
-    float *q, *o, *lse;
+    float *o, *lse;
 } moh_lists;
 
 /* mask [B,N,H]. decode: token by token. */

@@ -1,4 +1,4 @@
-/* Attention of the heads that tokens chose: for each head the queries that chose it are gathered into one block of rows. */
+/* Attention of the heads that tokens chose: for each head the queries that chose it are one list of rows. */
 #include "op/moh.h"
 
 #include "kernel/tile.h"
@@ -29,11 +29,10 @@ attn_status attn_moh_attend(attn_call *call, const uint8_t *mask, const attn_ten
     const int64_t *first = to->lists.first, *token = to->lists.token;
     int64_t rows = first[all], *end = attn_arena_array(call->arena, (size_t)rows, sizeof *end);
     attn_stairs_head *list = attn_arena_array(call->arena, (size_t)all, sizeof *list);
-    to->q = attn_scratch_f32(call, rows * d);
     to->o = attn_scratch_f32(call, rows * dv);
     to->lse = attn_scratch_f32(call, rows);
-    if (list == NULL || end == NULL || to->q == NULL || to->o == NULL || to->lse == NULL) {
-        return attn_fail_memory((size_t)(rows * (d + dv)) * sizeof(float));
+    if (list == NULL || end == NULL || to->o == NULL || to->lse == NULL) {
+        return attn_fail_memory((size_t)(rows * dv) * sizeof(float));
     }
 #pragma omp parallel for schedule(static) num_threads(call->threads) if (call->threads > 1)
     for (int64_t bh = 0; bh < all; bh++) {
@@ -41,9 +40,8 @@ attn_status attn_moh_attend(attn_call *call, const uint8_t *mask, const attn_ten
         for (int64_t r = start; r < start + count; r++) {
             end[r] = causal ? attn_max_i64(0, attn_min_i64(m, token[r] + m - n + 1)) : m;
         }
-        attn_rows_gather(1, d, attn_f32(q) + bh * n * d, token + start, count, to->q + start * d);
-        list[bh] = (attn_stairs_head){.rows = count, .kv = kv, .q = to->q + start * d, .end = end + start, .k = attn_f32(k) + kv * m * d,
-                                      .v = attn_f32(v) + kv * m * dv, .o = to->o + start * dv, .lse = to->lse + start};
+        list[bh] = (attn_stairs_head){.rows = count, .kv = kv, .q = attn_f32(q) + bh * n * d, .q_row = token + start, .end = end + start,
+                                      .k = attn_f32(k) + kv * m * d, .v = attn_f32(v) + kv * m * dv, .o = to->o + start * dv, .lse = to->lse + start};
     }
     to->stairs = (attn_stairs){m, d, dv, batch * kv_heads, all, scale, list};
     return token_by_token ? decode(call, to) : attn_stairs_forward(&to->stairs, call->arena, call->threads);
