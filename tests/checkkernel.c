@@ -10,6 +10,7 @@
 #include "kernel/quant.h"
 #include "kernel/rows.h"
 #include "kernel/scan.h"
+#include "kernel/select.h"
 #include "kernel/tile.h"
 #include "tensor/half.h"
 
@@ -497,11 +498,64 @@ static void check_quant(void)
     }
 }
 
+/* ---- select ---- */
+
+static int falling(const void *a, const void *b)
+{
+    float x = *(const float *)a, y = *(const float *)b;
+    return (x < y) - (x > y);
+}
+
+static void check_select(void)
+{
+    const attn_select_kernels *k = attn_select_kernels_at(level), *s = attn_select_kernels_at(ATTN_ISA_LEVEL_SCALAR);
+    const attn_dtype types[] = {ATTN_F32, ATTN_F16, ATTN_BF16, ATTN_I8};
+    for (int i = 0; i < 300; i++) {
+        int64_t n = i == 0 ? 4096 : draw(1, 300), rank = draw(1, n);
+        float *x = floats(n, 2), *sorted, *y = floats(n + ATTN_SELECT_SLACK, 1), *y2 = floats(n + ATTN_SELECT_SLACK, 1);
+        int32_t *at = memory((size_t)(n + ATTN_SELECT_SLACK) * sizeof *at), *at2 = memory((size_t)(n + ATTN_SELECT_SLACK) * sizeof *at2);
+        for (int64_t j = 0; j < n && i % 3 > 0; j++) { /* ties, infinities, zeros of both signs */
+            x[j] = draw(0, 9) == 0 ? -INFINITY : draw(0, 20) == 0 ? INFINITY : i % 3 == 1 ? truncf(x[j]) : x[j] * 1e-39f;
+        }
+        sorted = copy(x, n);
+        qsort(sorted, (size_t)n, sizeof *sorted, falling);
+        float limit = sorted[rank - 1], got = k->kth(x, n, rank), count = (float)k->count(x, n, limit), want_count = 0;
+        same("kth", &got, &limit, 1, 0);
+        for (int64_t j = 0; j < n; j++) {
+            want_count += x[j] >= limit;
+        }
+        same("count", &count, &want_count, 1, 0);
+        x[draw(0, n - 1)] = NAN;
+        float kept = (float)k->compress(x, n, limit, 7, y, at), kept2 = (float)s->compress(x, n, limit, 7, y2, at2);
+        same("compress: count", &kept, &kept2, 1, 0);
+        same("compress", y, y2, (int64_t)kept2, 0);
+        for (int64_t j = 0; j < (int64_t)kept2; j++) {
+            y[j] = (float)at[j];
+            y2[j] = x[at2[j] - 7] >= limit ? (float)at2[j] : -1;
+        }
+        same("compress: places", y, y2, (int64_t)kept2, 0);
+        int64_t width = draw(1, 150), stride = width + draw(0, 9);
+        attn_dtype type = types[i % 4];
+        const void *rows = random_typed(type, 50 * stride + 64);
+        float *p = floats(n, 1), *o = floats(width, 1), *o2 = floats(width, 1);
+        for (int64_t j = 0; j < n; j++) {
+            at[j] = (int32_t)draw(0, 49);
+        }
+        k->gather_values(o, p, at, n, rows, type, stride, width), s->gather_values(o2, p, at, n, rows, type, stride, width);
+        same("gather_values", o, o2, width, 2e-5);
+        if (i == 0) {
+            BENCH("kth of 4096", k->kth(x + 1, n / 2, rank / 2 + 1), s->kth(x + 1, n / 2, rank / 2 + 1));
+            BENCH("compress of 4096", k->compress(x, n, 4, 0, y, at), s->compress(x, n, 4, 0, y2, at2));
+        }
+        release();
+    }
+}
+
 static const struct {
     const char *name;
     void (*check)(void);
 } families[] = {{"tile", check_tile}, {"decode", check_decode}, {"rows", check_rows}, {"scan", check_scan}, {"linear", check_linear},
-              {"quant", check_quant}};
+              {"quant", check_quant}, {"select", check_select}};
 
 int main(int argc, char **argv)
 {

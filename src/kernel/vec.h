@@ -43,6 +43,10 @@ VINLINE vf v_sqrt(vf a) { return _mm512_sqrt_ps(a); }
 VINLINE vf v_fma(vf a, vf b, vf c) { return _mm512_fmadd_ps(a, b, c); }   /* a*b + c */
 VINLINE vf v_fnma(vf a, vf b, vf c) { return _mm512_fnmadd_ps(a, b, c); } /* c - a*b */
 VINLINE vmask v_lt(vf a, vf b) { return _mm512_cmp_ps_mask(a, b, _CMP_LT_OQ); }
+VINLINE vmask v_le(vf a, vf b) { return _mm512_cmp_ps_mask(a, b, _CMP_LE_OQ); }
+/* Lane i as bit i. */
+VINLINE unsigned v_bits(vmask m) { return m; }
+VINLINE int v_count(vmask m) { return __builtin_popcount(m); }
 VINLINE vf v_select(vmask m, vf yes, vf no) { return _mm512_mask_blend_ps(m, no, yes); }
 VINLINE vf v_round(vf a) { return _mm512_roundscale_ps(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
 VINLINE vf v_abs(vf a) { return _mm512_abs_ps(a); }
@@ -91,6 +95,9 @@ VINLINE vf v_sqrt(vf a) { return _mm256_sqrt_ps(a); }
 VINLINE vf v_fma(vf a, vf b, vf c) { return _mm256_fmadd_ps(a, b, c); }
 VINLINE vf v_fnma(vf a, vf b, vf c) { return _mm256_fnmadd_ps(a, b, c); }
 VINLINE vmask v_lt(vf a, vf b) { return _mm256_cmp_ps(a, b, _CMP_LT_OQ); }
+VINLINE vmask v_le(vf a, vf b) { return _mm256_cmp_ps(a, b, _CMP_LE_OQ); }
+VINLINE unsigned v_bits(vmask m) { return (unsigned)_mm256_movemask_ps(m); }
+VINLINE int v_count(vmask m) { return __builtin_popcount(v_bits(m)); }
 VINLINE vf v_select(vmask m, vf yes, vf no) { return _mm256_blendv_ps(no, yes, m); }
 VINLINE vf v_round(vf a) { return _mm256_round_ps(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
 VINLINE vf v_abs(vf a) { return _mm256_andnot_ps(_mm256_set1_ps(-0.0f), a); }
@@ -163,6 +170,9 @@ VINLINE vf v_sub(vf a, vf b) { return a - b; }
 VINLINE vf v_mul(vf a, vf b) { return a * b; }
 VINLINE vf v_div(vf a, vf b) { return a / b; }
 VINLINE vmask v_lt(vf a, vf b) { return a < b; }
+VINLINE vmask v_le(vf a, vf b) { return a <= b; }
+VINLINE unsigned v_bits(vmask m) { return (unsigned)((m[0] & 1) | (m[1] & 2) | (m[2] & 4) | (m[3] & 8)); }
+VINLINE int v_count(vmask m) { return -(m[0] + m[1] + m[2] + m[3]); }
 VINLINE vf v_select(vmask m, vf yes, vf no) { return (vf)(((vmask)yes & m) | ((vmask)no & ~m)); }
 #if defined(ATTN_ISA_NEON)
 #include <arm_neon.h>

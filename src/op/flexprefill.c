@@ -67,14 +67,14 @@ static attn_status bind(attn_call *call)
     const flexprefill_params *p = call->params;
     int64_t n = attn_dim(call, "N"), m = attn_dim(call, "M");
     if (m < n) {
-        return attn_fail(ATTN_ERR_SHAPE, "flexprefill: M = %lld keys, expected at least N = %lld", (long long)m, (long long)n);
+        return attn_fail(ATTN_ERR_SHAPE, "M = %lld keys, expected at least N = %lld", (long long)m, (long long)n);
     }
     if ((m - n) % p->block != 0) {
-        return attn_fail(ATTN_ERR_SHAPE, "flexprefill: M - N = %lld, expected a multiple of block = %lld: a chunk starts on a block",
+        return attn_fail(ATTN_ERR_SHAPE, "M - N = %lld, expected a multiple of block = %lld: a chunk starts on a block",
                          (long long)(m - n), (long long)p->block);
     }
     if (p->max_budget > 0 && p->max_budget < p->min_budget) {
-        return attn_fail(ATTN_ERR_ARGUMENT, "flexprefill: max_budget = %lld, expected 0 or at least min_budget = %lld",
+        return attn_fail(ATTN_ERR_ARGUMENT, "max_budget = %lld, expected 0 or at least min_budget = %lld",
                          (long long)p->max_budget, (long long)p->min_budget);
     }
     /* n / block rounded up, without the overflow of adding a huge block */
