@@ -3,7 +3,7 @@
  * slash"); just enough key blocks are kept to cover a share gamma of it.
  *
  * The probabilities of the last block are computed a tile at a time, twice (first the log-sum-exp of each row), and added to their
- * columns and diagonals in double: what is kept depends on sums of up to M of them.
+ * columns and diagonals: a few rows in float, these sums in double, since what is kept depends on sums of up to M of them.
  */
 #include "op/class.h"
 #include "exec/dense.h"
@@ -14,7 +14,9 @@
 #include <string.h>
 
 #define TILE_KEYS 256
-#define TILE_ROWS 96
+#define TILE_ROWS 192 /* so that the usual blocks are one tile, and keys are packed once a pass */
+#define SUM_ROWS 16   /* rows that are summed up in float */
+#define FEW 24        /* numbers that are sorted at once */
 
 typedef struct flexprefill_params {
     double gamma, tau, scale;
@@ -52,14 +54,22 @@ typedef struct problem {
     int exact;
 } problem;
 
+typedef struct ranked {
+    double value;
+    int64_t at;
+} ranked;
+
 /* Scratch memory of a thread. */
 typedef struct worker {
     double *vertical, *slash, *sorted; /* [M] */
     double *means;                     /* [nk][D] of keys */
     double *query;                     /* [D] */
-    double *row, *estimate;            /* [nk] */
+    double *estimate;                  /* [nk] */
+    double *shares;                    /* [2][nq * nk] */
+    ranked *order;                     /* [nk] */
     float *panels, *q, *scores;        /* tiles */
     float *m, *l, *alpha;              /* [TILE_ROWS] */
+    float *columns, *diagonals;        /* sums of a few rows: [TILE_KEYS], [TILE_KEYS + SUM_ROWS] */
 } worker;
 
 static attn_status bind(attn_call *call)
@@ -128,19 +138,36 @@ static void pack_keys(const problem *x, worker *w, const float *k, int64_t keys)
     }
 }
 
+static void add_doubles(double *to, const float *from, int64_t count)
+{
+    for (int64_t j = 0; j < count; j++) {
+        to[j] += (double)from[j];
+    }
+}
+
+/* Rows first ... of the block, a few at a time; m holds their log-sum-exp now. */
 static void add_lines(const problem *x, worker *w, int64_t first, int64_t rows, int64_t key, int64_t keys)
 {
     const attn_tile_kernels *kernels = attn_tile_kernels_get();
-    for (int64_t r = 0; r < rows; r++) {
-        float *s = w->scores + r * TILE_KEYS;
-        int64_t i = x->m - x->block + first + r, end = attn_min_i64(keys, i + 1 - key);
-        /* m holds the log-sum-exp now */
-        kernels->exp2_row(s, attn_max_i64(end, 0), w->m[r]);
-        double *slash = w->slash + (x->m - 1 - i + key), *vertical = w->vertical + key;
-        for (int64_t j = 0; j < end; j++) {
-            vertical[j] += (double)s[j];
-            slash[j] += (double)s[j];
+    for (int64_t r0 = 0; r0 < rows; r0 += SUM_ROWS) {
+        int64_t some = attn_min_i64(SUM_ROWS, rows - r0), last = x->m - x->block + first + r0 + some - 1; /* position of the last row */
+        int64_t most = attn_min_i64(keys, last + 1 - key);
+        if (most <= 0) {
+            continue;
         }
+        memset(w->columns, 0, (size_t)most * sizeof *w->columns);
+        memset(w->diagonals, 0, (size_t)(most + some - 1) * sizeof *w->diagonals);
+        for (int64_t i = 0; i < some; i++) {
+            float *s = w->scores + (r0 + i) * TILE_KEYS;
+            int64_t before = some - 1 - i, end = attn_max_i64(0, attn_min_i64(keys, last - before + 1 - key));
+            kernels->exp2_row(s, end, w->m[r0 + i]);
+            kernels->axpy(w->columns, s, end, 1);
+            kernels->axpy(w->diagonals + before, s, end, 1);
+        }
+        add_doubles(w->vertical + key, w->columns, most);
+        /* diagonals[c]: of the last row's key c. Entries past the main diagonal stay 0. */
+        int64_t from = x->m - 1 - last + key;
+        add_doubles(w->slash + from, w->diagonals, attn_min_i64(most + some - 1, x->m - from));
     }
 }
 
@@ -186,19 +213,66 @@ static int falling(const void *a, const void *b)
     return (x < y) - (x > y);
 }
 
-static int64_t budget(const problem *x, const double *line, double *sorted)
+/* How many of x, in falling order, have a running sum of at most `most`; *least: the last of them. x is reordered: the range that the sum
+ * ends in is halved again and again, so that only a few numbers are ever sorted. */
+static int64_t covered(double *x, int64_t count, double most, double *least)
 {
-    int64_t count = 1;
+    int64_t low = 0, high = count, taken = 0;
     double sum = 0;
-    memcpy(sorted, line, (size_t)x->m * sizeof *sorted);
-    qsort(sorted, (size_t)x->m, sizeof *sorted, falling);
-    for (int64_t j = 0; j < x->m; j++) {
-        sum += sorted[j];
-        if (!(sum <= x->gamma)) {
-            break;
+    *least = INFINITY;
+    while (high - low > FEW) {
+        double a = x[low], b = x[low + (high - low) / 2], c = x[high - 1], above = 0;
+        double pivot = a < b ? (b < c ? b : a < c ? c : a) : (a < c ? a : b < c ? c : b);
+        int64_t greater = low, i = low, less = high;
+        while (i < less) {
+            double value = x[i];
+            if (value > pivot) {
+                x[i++] = x[greater];
+                x[greater++] = value;
+                above += value;
+            } else if (value == pivot) {
+                i++;
+            } else {
+                x[i] = x[--less];
+                x[less] = value;
+            }
         }
-        count++;
+        if (greater == low && less == low) {
+            return taken; /* no numbers */
+        }
+        if (!(sum + above <= most)) {
+            high = greater;
+            continue;
+        }
+        taken += greater - low;
+        sum += above;
+        for (int64_t j = low; j < greater; j++) {
+            *least = x[j] < *least ? x[j] : *least;
+        }
+        for (; i > greater && sum + pivot <= most; i--) {
+            sum += pivot;
+            taken++;
+            *least = pivot;
+        }
+        if (i > greater) {
+            return taken;
+        }
+        low = less;
     }
+    qsort(x + low, (size_t)(high - low), sizeof *x, falling);
+    for (; low < high && sum + x[low] <= most; low++) {
+        sum += x[low];
+        taken++;
+        *least = x[low];
+    }
+    return taken;
+}
+
+static int64_t budget(const problem *x, const double *line, double *scratch)
+{
+    double least;
+    memcpy(scratch, line, (size_t)x->m * sizeof *scratch);
+    int64_t count = 1 + covered(scratch, x->m, x->gamma, &least);
     return attn_max_i64(x->low, attn_min_i64(count / x->block + 1, x->high));
 }
 
@@ -232,11 +306,18 @@ static void block_softmax(const problem *x, const worker *w, int64_t count, doub
 {
     double top = -INFINITY, sum = 0;
     for (int64_t j = 0; j < count; j++) {
-        double s = 0;
-        for (int64_t c = 0; c < x->d; c++) {
-            s += w->query[c] * w->means[j * x->d + c];
+        const double *mean = w->means + j * x->d;
+        double s[4] = {0};
+        int64_t c = 0;
+        for (; c + 4 <= x->d; c += 4) {
+            for (int i = 0; i < 4; i++) {
+                s[i] += w->query[c + i] * mean[c + i];
+            }
         }
-        to[j] = x->scale * s;
+        for (; c < x->d; c++) {
+            s[0] += w->query[c] * mean[c];
+        }
+        to[j] = x->scale * (s[0] + s[1] + s[2] + s[3]);
         top = to[j] > top ? to[j] : top;
     }
     for (int64_t j = 0; j < count; j++) {
@@ -260,11 +341,6 @@ static double distance(const double *a, const double *b, int64_t count)
     return sqrt(sum > 0 ? sum : 0);
 }
 
-typedef struct ranked {
-    double value;
-    int64_t at;
-} ranked;
-
 /* Largest first, ties to the lower place. */
 static int by_rank(const void *a, const void *b)
 {
@@ -272,8 +348,9 @@ static int by_rank(const void *a, const void *b)
     return x->value != y->value ? (x->value < y->value) - (x->value > y->value) : (x->at > y->at) - (x->at < y->at);
 }
 
-static void keep_lines(const problem *x, worker *w, ranked *order, int64_t verticals, int64_t slashes, uint8_t *kept)
+static void keep_lines(const problem *x, worker *w, int64_t verticals, int64_t slashes, uint8_t *kept)
 {
+    ranked *order = w->order;
     w->vertical[0] = INFINITY;
     w->slash[x->nk - 1] = INFINITY;
     for (int slash = 0; slash < 2; slash++) {
@@ -292,30 +369,33 @@ static void keep_lines(const problem *x, worker *w, ranked *order, int64_t verti
     }
 }
 
-static void keep_aware(const problem *x, worker *w, ranked *order, const float *q, uint8_t *kept)
+/* shares: scratch for those of all blocks, twice. */
+static void keep_aware(const problem *x, worker *w, double *shares, const float *q, uint8_t *kept)
 {
-    int64_t count = 0;
-    double sum = 0;
+    int64_t count = 0, all = x->nq * x->nk;
+    double least;
     for (int64_t i = 0; i < x->nq; i++) {
-        int64_t r = i + x->shift;
         mean_rows(w->query, q + i * x->block * x->d, attn_min_i64(x->block, x->n - i * x->block), x->d);
-        block_softmax(x, w, r + 1, w->row);
-        for (int64_t j = 0; j <= r; j++) {
-            order[count++] = (ranked){w->row[j], i * x->nk + j};
-        }
+        block_softmax(x, w, i + x->shift + 1, shares + count);
+        count += i + x->shift + 1;
     }
-    qsort(order, (size_t)count, sizeof *order, by_rank);
-    for (int64_t k = 0; k < count; k++) {
-        sum += order[k].value;
-        if (!(sum <= x->gamma * (double)x->nq)) {
-            break;
+    memcpy(shares + all, shares, (size_t)count * sizeof *shares);
+    int64_t ties = covered(shares + all, count, x->gamma * (double)x->nq, &least);
+    for (int64_t c = 0; c < count; c++) {
+        ties -= shares[c] > least;
+    }
+    for (int64_t i = 0, c = 0; i < x->nq; i++) {
+        for (int64_t j = 0; j <= i + x->shift; j++, c++) {
+            /* of equal ones the first */
+            if (shares[c] > least || (shares[c] == least && ties-- > 0)) {
+                kept[i * x->nk + j] = 1;
+            }
         }
-        kept[order[k].at] = 1;
     }
 }
 
 /* The kept blocks of one head; returns its pattern. */
-static int64_t select_head(const problem *x, worker *w, ranked *order, const float *q, const float *k, uint8_t *kept)
+static int64_t select_head(const problem *x, worker *w, const float *q, const float *k, uint8_t *kept)
 {
     int64_t pattern = VERTICAL_SLASH;
     memset(kept, 0, (size_t)(x->nq * x->nk));
@@ -332,24 +412,24 @@ static int64_t select_head(const problem *x, worker *w, ranked *order, const flo
         pattern = QUERY_AWARE;
         verticals = slashes = x->low;
     }
-    keep_lines(x, w, order, verticals, slashes, kept);
+    keep_lines(x, w, verticals, slashes, kept);
     if (pattern == QUERY_AWARE) {
-        keep_aware(x, w, order, q, kept);
+        keep_aware(x, w, w->shares, q, kept);
     }
     return pattern;
 }
 
-static attn_status workers_create(attn_call *call, const problem *x, int threads, worker **workers, ranked ***orders)
+static attn_status workers_create(attn_call *call, const problem *x, int threads, worker **workers)
 {
     int64_t nk = x->nk, pad = 64;
     *workers = attn_arena_array(call->arena, (size_t)threads, sizeof **workers);
-    *orders = attn_arena_array(call->arena, (size_t)threads, sizeof **orders);
-    for (int t = 0; t < threads && *workers != NULL && *orders != NULL; t++) {
+    for (int t = 0; t < threads && *workers != NULL; t++) {
         worker *w = &(*workers)[t];
-        double **doubles[] = {&w->vertical, &w->slash, &w->sorted, &w->means, &w->query, &w->row, &w->estimate};
-        int64_t double_sizes[] = {x->m, x->m, x->m, nk * x->d, x->d, nk, nk};
-        float **floats[] = {&w->panels, &w->q, &w->scores, &w->m, &w->l, &w->alpha};
-        int64_t float_sizes[] = {TILE_KEYS * x->d, TILE_ROWS * x->d, TILE_ROWS * TILE_KEYS, TILE_ROWS, TILE_ROWS, TILE_ROWS};
+        double **doubles[] = {&w->vertical, &w->slash, &w->sorted, &w->means, &w->query, &w->estimate, &w->shares};
+        int64_t double_sizes[] = {x->m, x->m, x->m, nk * x->d, x->d, nk, x->tau > 0 ? 2 * x->nq * nk : 0};
+        float **floats[] = {&w->panels, &w->q, &w->scores, &w->m, &w->l, &w->alpha, &w->columns, &w->diagonals};
+        int64_t rows = attn_min_i64(TILE_ROWS, x->block);
+        int64_t float_sizes[] = {TILE_KEYS * x->d, rows * x->d, rows * TILE_KEYS, rows, rows, rows, TILE_KEYS, TILE_KEYS + SUM_ROWS};
         for (size_t i = 0; i < sizeof doubles / sizeof doubles[0]; i++) {
             *doubles[i] = attn_arena_array(call->arena, (size_t)(double_sizes[i] + pad), sizeof(double));
             if (*doubles[i] == NULL) {
@@ -362,12 +442,12 @@ static attn_status workers_create(attn_call *call, const problem *x, int threads
                 return attn_fail_memory((size_t)float_sizes[i] * sizeof(float));
             }
         }
-        (*orders)[t] = attn_arena_array(call->arena, (size_t)(x->nq * nk + 1), sizeof(ranked));
-        if ((*orders)[t] == NULL) {
-            return attn_fail_memory((size_t)(x->nq * nk) * sizeof(ranked));
+        w->order = attn_arena_array(call->arena, (size_t)nk, sizeof *w->order);
+        if (w->order == NULL) {
+            return attn_fail_memory((size_t)nk * sizeof *w->order);
         }
     }
-    return *workers != NULL && *orders != NULL ? ATTN_OK : attn_fail_memory((size_t)threads * sizeof **workers);
+    return *workers != NULL ? ATTN_OK : attn_fail_memory((size_t)threads * sizeof **workers);
 }
 
 static attn_status select_all(attn_call *call, const problem *x, uint8_t *blocks, int64_t *pattern)
@@ -384,14 +464,12 @@ static attn_status select_all(attn_call *call, const problem *x, uint8_t *blocks
     }
     attn_arena_mark mark = attn_arena_get_mark(call->arena);
     worker *workers;
-    ranked **orders;
     int threads = (int)attn_max_i64(1, attn_min_i64(call->threads, lists));
-    ATTN_TRY(workers_create(call, x, threads, &workers, &orders));
+    ATTN_TRY(workers_create(call, x, threads, &workers));
 #pragma omp parallel for schedule(dynamic, 1) num_threads(threads)
     for (int64_t i = 0; i < lists; i++) {
         int64_t kv = i / heads * kv_heads + i % heads / (heads / kv_heads);
-        int t = omp_get_thread_num();
-        pattern[i] = select_head(x, &workers[t], orders[t], attn_f32(call->t[Q]) + i * x->n * x->d,
+        pattern[i] = select_head(x, &workers[omp_get_thread_num()], attn_f32(call->t[Q]) + i * x->n * x->d,
                                  attn_f32(call->t[K]) + kv * x->m * x->d, blocks + i * x->nq * x->nk);
     }
     attn_arena_release(call->arena, mark);
