@@ -2,8 +2,9 @@
  * whether block averages predict where attention goes ("query-aware") or whether it runs along columns and diagonals ("vertical and
  * slash"); just enough key blocks are kept to cover a share gamma of it.
  *
- * The probabilities of the last block are computed a tile at a time, twice (first the log-sum-exp of each row), and added to their
- * columns and diagonals: a few rows in float, these sums in double, since what is kept depends on sums of up to M of them.
+ * The probabilities of the last block are computed a tile of keys at a time, relative to the largest score of each row so far. When the
+ * log-sum-exp of each row is known they are added to their columns and diagonals: a few rows in float, these sums in double, since what is
+ * kept depends on sums of up to M of them.
  */
 #include "op/class.h"
 #include "exec/dense.h"
@@ -14,7 +15,7 @@
 #include <string.h>
 
 #define TILE_KEYS 256
-#define TILE_ROWS 192 /* so that the usual blocks are one tile, and keys are packed once a pass */
+#define TILE_ROWS 128 /* so that the usual blocks are one tile, and keys are packed once */
 #define SUM_ROWS 16   /* rows that are summed up in float */
 #define FEW 24        /* numbers that are sorted at once */
 
@@ -67,8 +68,10 @@ typedef struct worker {
     double *estimate;                  /* [nk] */
     double *shares;                    /* [2][nq * nk] */
     ranked *order;                     /* [nk] */
-    float *panels, *q, *scores;        /* tiles */
+    float *panels, *q;                 /* tiles */
+    float *scores;                     /* [tiles of keys][TILE_ROWS][TILE_KEYS] */
     float *m, *l, *alpha;              /* [TILE_ROWS] */
+    float *tops;                       /* [tiles of keys][TILE_ROWS]: what the probabilities of a tile are relative to */
     float *columns, *diagonals;        /* sums of a few rows: [TILE_KEYS], [TILE_KEYS + SUM_ROWS] */
 } worker;
 
@@ -112,14 +115,14 @@ static problem problem_of(const attn_call *call)
 
 /* ---- Steps 2 and 3: columns and diagonals of the last block's probabilities ---- */
 
-/* One tile of scores in base 2, -inf above the diagonal: rows first ... of the block, keys key ... */
-static int64_t score_tile(const problem *x, worker *w, int64_t first, int64_t rows, int64_t key, int64_t keys)
+/* One tile of scores s in base 2, -inf above the diagonal: rows first ... of the block, keys key ... */
+static int64_t score_tile(const problem *x, worker *w, float *s, int64_t first, int64_t rows, int64_t key, int64_t keys)
 {
     const attn_tile_kernels *kernels = attn_tile_kernels_get();
     int64_t nr = kernels->nr, count = attn_ceil_div(keys, nr) * nr;
-    kernels->product(rows, count, x->d, w->q, x->d, 1, w->panels, nr, x->d * nr, w->scores, TILE_KEYS, 0);
+    kernels->product(rows, count, x->d, w->q, x->d, 1, w->panels, nr, x->d * nr, s, TILE_KEYS, 0);
     for (int64_t r = 0; r < rows; r++) {
-        attn_dense_mask_row(w->scores + r * TILE_KEYS, key, count, 0, attn_min_i64(key + keys, x->m - x->block + first + r + 1));
+        attn_dense_mask_row(s + r * TILE_KEYS, key, count, 0, attn_min_i64(key + keys, x->m - x->block + first + r + 1));
     }
     return count;
 }
@@ -145,8 +148,8 @@ static void add_doubles(double *to, const float *from, int64_t count)
     }
 }
 
-/* Rows first ... of the block, a few at a time; m holds their log-sum-exp now. */
-static void add_lines(const problem *x, worker *w, int64_t first, int64_t rows, int64_t key, int64_t keys)
+/* A tile's probabilities s, relative to tops, of rows first ... of the block, a few at a time; m holds their log-sum-exp now. */
+static void add_lines(const problem *x, worker *w, const float *s, const float *tops, int64_t first, int64_t rows, int64_t key, int64_t keys)
 {
     const attn_tile_kernels *kernels = attn_tile_kernels_get();
     for (int64_t r0 = 0; r0 < rows; r0 += SUM_ROWS) {
@@ -158,11 +161,11 @@ static void add_lines(const problem *x, worker *w, int64_t first, int64_t rows, 
         memset(w->columns, 0, (size_t)most * sizeof *w->columns);
         memset(w->diagonals, 0, (size_t)(most + some - 1) * sizeof *w->diagonals);
         for (int64_t i = 0; i < some; i++) {
-            float *s = w->scores + (r0 + i) * TILE_KEYS;
+            const float *row = s + (r0 + i) * TILE_KEYS;
+            float factor = exp2f(tops[r0 + i] - w->m[r0 + i]);
             int64_t before = some - 1 - i, end = attn_max_i64(0, attn_min_i64(keys, last - before + 1 - key));
-            kernels->exp2_row(s, end, w->m[r0 + i]);
-            kernels->axpy(w->columns, s, end, 1);
-            kernels->axpy(w->diagonals + before, s, end, 1);
+            kernels->axpy(w->columns, row, end, factor);
+            kernels->axpy(w->diagonals + before, row, end, factor);
         }
         add_doubles(w->vertical + key, w->columns, most);
         /* diagonals[c]: of the last row's key c. Entries past the main diagonal stay 0. */
@@ -183,20 +186,20 @@ static void last_block_lines(const problem *x, worker *w, const float *q, const 
             w->m[r] = -INFINITY;
             w->l[r] = 0;
         }
-        for (int pass = 0; pass < 2; pass++) {
-            for (int64_t key = 0; key < end; key += TILE_KEYS) {
-                int64_t keys = attn_min_i64(TILE_KEYS, end - key);
-                pack_keys(x, w, k + key * x->d, keys);
-                int64_t count = score_tile(x, w, first, rows, key, keys);
-                if (pass == 0) {
-                    kernels->softmax(rows, w->scores, TILE_KEYS, count, w->m, w->l, w->alpha);
-                } else {
-                    add_lines(x, w, first, rows, key, keys);
-                }
-            }
-            for (int64_t r = 0; r < rows && pass == 0; r++) {
-                w->m[r] = (float)((double)w->m[r] + log2((double)w->l[r]));
-            }
+        float *s = w->scores, *tops = w->tops;
+        for (int64_t key = 0; key < end; key += TILE_KEYS, s += rows * TILE_KEYS, tops += rows) {
+            int64_t keys = attn_min_i64(TILE_KEYS, end - key);
+            pack_keys(x, w, k + key * x->d, keys);
+            int64_t count = score_tile(x, w, s, first, rows, key, keys);
+            kernels->softmax(rows, s, TILE_KEYS, count, w->m, w->l, w->alpha);
+            memcpy(tops, w->m, (size_t)rows * sizeof *tops);
+        }
+        for (int64_t r = 0; r < rows; r++) {
+            w->m[r] = (float)((double)w->m[r] + log2((double)w->l[r]));
+        }
+        s = w->scores, tops = w->tops;
+        for (int64_t key = 0; key < end; key += TILE_KEYS, s += rows * TILE_KEYS, tops += rows) {
+            add_lines(x, w, s, tops, first, rows, key, attn_min_i64(TILE_KEYS, end - key));
         }
     }
     for (int64_t j = 0; j < x->m; j++) {
@@ -427,9 +430,10 @@ static attn_status workers_create(attn_call *call, const problem *x, int threads
         worker *w = &(*workers)[t];
         double **doubles[] = {&w->vertical, &w->slash, &w->sorted, &w->means, &w->query, &w->estimate, &w->shares};
         int64_t double_sizes[] = {x->m, x->m, x->m, nk * x->d, x->d, nk, x->tau > 0 ? 2 * x->nq * nk : 0};
-        float **floats[] = {&w->panels, &w->q, &w->scores, &w->m, &w->l, &w->alpha, &w->columns, &w->diagonals};
-        int64_t rows = attn_min_i64(TILE_ROWS, x->block);
-        int64_t float_sizes[] = {TILE_KEYS * x->d, rows * x->d, rows * TILE_KEYS, rows, rows, rows, TILE_KEYS, TILE_KEYS + SUM_ROWS};
+        float **floats[] = {&w->panels, &w->q, &w->scores, &w->tops, &w->m, &w->l, &w->alpha, &w->columns, &w->diagonals};
+        int64_t rows = attn_min_i64(TILE_ROWS, x->block), tiles = attn_ceil_div(x->m, TILE_KEYS);
+        int64_t float_sizes[] = {TILE_KEYS * x->d, rows * x->d, tiles * rows * TILE_KEYS, tiles * rows, rows, rows, rows, TILE_KEYS,
+                                 TILE_KEYS + SUM_ROWS};
         for (size_t i = 0; i < sizeof doubles / sizeof doubles[0]; i++) {
             *doubles[i] = attn_arena_array(call->arena, (size_t)(double_sizes[i] + pad), sizeof(double));
             if (*doubles[i] == NULL) {
@@ -581,7 +585,7 @@ static attn_status cost(attn_call *call, attn_cost *cost)
     }
     cost->flops = 2 * cost->pairs * (double)(x.d + attn_dim(call, "Dv"));
     if (!x.exact) {
-        cost->flops += lists * 4 * (double)x.block * (double)x.m * (double)x.d;
+        cost->flops += lists * 2 * (double)x.block * (double)x.m * (double)x.d;
     }
     return ATTN_OK;
 }
@@ -591,7 +595,7 @@ const attn_op_class attn_op_flexprefill = {
              .title = "Context-aware sparse attention for prompts (FlexPrefill)",
              .summary = "Reads long prompts sparsely without training. The last block of queries decides, per head and prompt, between key "
                         "blocks that block averages predict and vertical and slash lines, and how many cover a share gamma of the attention. "
-                        "Density falls as prompts grow. Causal. Costs the kept blocks, plus 4 block M D operations per head for the choice; "
+                        "Density falls as prompts grow. Causal. Costs the kept blocks, plus 2 block M D operations per head for the choice; "
                         "generation stays exact.",
              .paper = "arXiv:2502.20766",
              .differentiable = 1,
