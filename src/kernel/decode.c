@@ -1,5 +1,6 @@
 #include "kernel/decode.h"
 #include "kernel/load.h"
+#include "kernel/vec.h"
 
 /* Rows that a caller's next step will read, asked for while this one is computed: memory is the limit here. Past the end of the data
  * it does nothing. */
