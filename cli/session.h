@@ -26,7 +26,7 @@ typedef struct session {
     "  --ctx N                  tokens that fit (default: what the model was made for, at most 32768)\n"               \
     "  --threads N              threads to use (default: all)\n"                                                       \
     "  --cache TYPE             keys and values in f32, f16 (default), bf16 or i8\n"                                   \
-    "  --chunk N                tokens of the prompt read together (default: 512; mechanisms that choose keys see 8192)\n"
+    "  --chunk N                tokens of the prompt read together (default: 512; flexprefill chooses for 8192 together)\n"
 /* With the choice of attention mechanisms. */
 #define SESSION_OPTIONS                                                                                                \
     SESSION_MODEL_OPTIONS, {"attention", required_argument, NULL, SESSION_OPTION + 3},                                 \

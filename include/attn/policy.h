@@ -10,7 +10,7 @@
  * is larger than sinks + recent. When all heads generate so, a sequence may grow beyond the context's length; prompts that are longer than
  * that need it while reading too.
  *
- * Mechanisms that choose keys while reading get up to 8,192 queries of a prompt together (attn_llm_attention.span).
+ * `flexprefill` chooses once for up to 8,192 queries of a prompt (attn_llm_attention.span).
  */
 #ifndef ATTN_POLICY_H
 #define ATTN_POLICY_H

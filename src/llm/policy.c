@@ -15,7 +15,7 @@ enum { PROMPT, GENERATION, PHASES };
 
 static const char *const phase_names[PHASES] = {"prompt", "generation"};
 
-/* Queries that mechanisms which choose keys for many of them see together: a choice is as dear for a chunk as for all of these. */
+/* Queries that `flexprefill` sees together: its choice is as dear for a chunk as for all of these. */
 #define SPAN 8192
 
 /* A mechanism that some heads use. `op` is made on first use, when the model's scale of the scores is known. */
@@ -701,8 +701,7 @@ attn_status attn_policy_use(attn_policy *policy, attn_context *context)
     for (int64_t l = 0; l < policy->layers; l++) {
         attn_llm_attention attention = {on_prefill, on_decode, on_update, &policy->layer[l], 0, 1};
         for (int64_t h = 0; h < policy->heads; h++) {
-            const mechanism *prompt = &policy->mechanisms[policy->layer[l].used[PROMPT][h]];
-            attention.span = prompt->exact || prompt->recent > 0 ? attention.span : SPAN;
+            attention.span = policy->mechanisms[policy->layer[l].used[PROMPT][h]].block > 0 ? SPAN : attention.span;
             attention.endless &= policy->mechanisms[policy->layer[l].used[GENERATION][h]].renumber;
         }
         int windowed = attn_model_window(policy->model, (int)l) > 0;
