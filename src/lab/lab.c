@@ -6,7 +6,7 @@
 #include <string.h>
 #include <time.h>
 
-#define EXPERIMENTS(X) X(agent) X(bam) X(based) X(disendiff) X(dsf) X(lightning) X(moh) X(mrsa) X(rat) X(rcmha) X(retrieval_head) X(softpag) X(tnl)
+#define EXPERIMENTS(X) X(agent) X(bam) X(based) X(disendiff) X(dsf) X(lightning) X(moh) X(mrsa) X(neighborhood) X(rat) X(rcmha) X(retrieval_head) X(softpag) X(tnl)
 
 #define X(name) extern const attn_lab_class attn_lab_##name;
 EXPERIMENTS(X)
@@ -187,7 +187,7 @@ double lab_memory(lab *l, const char *spec, const attn_named_tensor *in, int in_
     return bytes;
 }
 
-static double now(void)
+double lab_now(void)
 {
     struct timespec t;
     clock_gettime(CLOCK_MONOTONIC, &t);
@@ -272,9 +272,9 @@ double lab_seconds(lab *l, const char *spec, const attn_named_tensor *in, int in
     }
     while (l->status == ATTN_OK && repeats < MOST_REPEATS && (repeats < LEAST_REPEATS || total < budget)) {
         attn_arena_reset(scratch);
-        double start = now();
+        double start = lab_now();
         l->status = call_once(&c, backward);
-        times[repeats] = now() - start;
+        times[repeats] = lab_now() - start;
         total += times[repeats++];
     }
     attn_arena_destroy(arena);

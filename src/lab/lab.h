@@ -40,6 +40,8 @@ attn_tensor lab_output(lab *l, const char *spec, const attn_named_tensor *in, in
 /* Median seconds of a call for all outputs in `names` (separated by spaces); with `backward`, of forward and the gradients of all
  * differentiable inputs for random gradients of those of these outputs that have any. */
 double lab_seconds(lab *l, const char *spec, const attn_named_tensor *in, int in_count, const char *names, int backward);
+/* Wall-clock seconds, for what is no mechanism. */
+double lab_now(void);
 /* (query, key) pairs, or flops when pairs mean nothing, by the mechanism's own account. */
 attn_cost lab_cost(lab *l, const char *spec, const attn_named_tensor *in, int in_count);
 

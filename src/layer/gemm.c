@@ -34,7 +34,8 @@ attn_status attn_gemm(attn_arena *arena, int threads, int trans_a, int trans_b, 
     if (packed == NULL) {
         return attn_fail_memory((size_t)(panels * nr * depth) * sizeof(float));
     }
-    for (int64_t i = 0; i < m; i++) {
+    int stored = beta == 0 && alpha != 0 && k > 0; /* the first products are stored, not added to what is there */
+    for (int64_t i = 0; i < m && !stored; i++) {
         if (beta == 0) {
             memset(c + i * ldc, 0, (size_t)n * sizeof *c);
         } else if (beta != alpha) { /* C is scaled by alpha at the end */
@@ -57,7 +58,7 @@ attn_status attn_gemm(attn_arena *arena, int threads, int trans_a, int trans_b, 
         for (int64_t t = 0; t < blocks * panels; t++) {
             int64_t i = t / panels * BLOCK_M, j = t % panels;
             kernels->product(attn_min_i64(BLOCK_M, m - i), attn_min_i64(nr, n - j * nr), some, a + i * a_row + l * a_col, a_row,
-                             a_col, packed + j * nr * some, nr, 0, c + i * ldc + j * nr, ldc, 1);
+                             a_col, packed + j * nr * some, nr, 0, c + i * ldc + j * nr, ldc, !stored || l > 0);
         }
     }
     for (int64_t i = 0; i < m && alpha != 1 && alpha != 0; i++) {

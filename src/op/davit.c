@@ -154,7 +154,7 @@ static attn_status sum_products(const attn_davit_channel *c, attn_arena *arena, 
     const attn_tile_kernels *kernels = attn_tile_kernels_get();
     int64_t pairs = c->batch * c->groups, chunks = attn_ceil_div(c->n, CHUNK), j_pad = attn_ceil_div(j, kernels->vw) * kernels->vw;
     float *partial = attn_arena_array(arena, (size_t)(pairs * chunks), (size_t)(i * j_pad) * sizeof *partial);
-    float *padded = attn_arena_array(arena, (size_t)threads * CHUNK, (size_t)j_pad * sizeof *padded);
+    float *padded = attn_arena_array(arena, (size_t)threads * CHUNK, (size_t)j_pad * sizeof *padded); /* when j is not whole vectors */
     if (partial == NULL || padded == NULL) {
         return attn_fail_memory((size_t)(pairs * chunks * i * j_pad) * sizeof *partial);
     }
@@ -162,12 +162,18 @@ static attn_status sum_products(const attn_davit_channel *c, attn_arena *arena, 
     for (int64_t t = 0; t < pairs * chunks; t++) {
         int64_t pair = t / chunks, first = t % chunks * CHUNK, count = attn_min_i64(CHUNK, c->n - first);
         int64_t batch = pair / c->groups, group = pair % c->groups;
-        float *rows = padded + omp_get_thread_num() * CHUNK * j_pad;
-        for (int64_t n = 0; n < count; n++) {
-            memcpy(rows + n * j_pad, attn_davit_row(b, batch, group, first + n), (size_t)j * sizeof *rows);
-            memset(rows + n * j_pad + j, 0, (size_t)(j_pad - j) * sizeof *rows);
+        const float *rows = attn_davit_row(b, batch, group, first);
+        int64_t stride = b->row;
+        if (j < j_pad) {
+            float *to = padded + omp_get_thread_num() * CHUNK * j_pad;
+            for (int64_t n = 0; n < count; n++) {
+                memcpy(to + n * j_pad, rows + n * b->row, (size_t)j * sizeof *to);
+                memset(to + n * j_pad + j, 0, (size_t)(j_pad - j) * sizeof *to);
+            }
+            rows = to;
+            stride = j_pad;
         }
-        kernels->product(i, j_pad, count, attn_davit_row(a, batch, group, first), 1, a->row, rows, j_pad, kernels->nr,
+        kernels->product(i, j_pad, count, attn_davit_row(a, batch, group, first), 1, a->row, rows, stride, kernels->nr,
                          partial + t * i * j_pad, j_pad, 0);
     }
     for (int64_t e = 0; e < pairs * i * j; e++) {
