@@ -19,7 +19,8 @@ static const char help[] =
     "                           other tokens that may be drawn (off), and the seed (0)\n"
     SESSION_HELP
     "  --stats                  print speed and memory at the end\n"
-    "  --json                   print one JSON object with the text and the statistics instead\n"
+    "  --json                   print one JSON object with the text and the statistics instead; with --stats the answer\n"
+    "                           goes to standard error as it comes\n"
     "  --ignore-end             go on after the model has ended its text (to measure speed)\n\n"
     "Ctrl-C stops the answer; pressed again it ends the program.\n\n"
     "Examples:\n"
@@ -82,7 +83,8 @@ static attn_status feed(session *s, const int32_t *tokens, int64_t count)
     return attn_context_eval(s->context, &batch, 1, NULL, NULL);
 }
 
-/* Read the prompt, then generate. The answer goes to stdout as it comes unless --json; *answer gets all of it. */
+/* Read the prompt, then generate. The answer goes to stdout as it comes (--json: to stderr with --stats, else nowhere);
+ * *answer gets all of it. */
 static attn_status generate(session *s, attn_sampler *sampler, const run_options *o, const int32_t *prompt, int64_t count,
                             cli_text *answer, run_stats *stats)
 {
@@ -95,6 +97,7 @@ static attn_status generate(session *s, attn_sampler *sampler, const run_options
     clear_progress();
     stats->prompt_seconds = now_seconds() - start;
     stats->prompt_tokens = count;
+    FILE *stream = !o->json ? stdout : o->stats ? stderr : NULL;
     stats->prompt = attn_context_get_stats(s->context);
     attn_context_reset_stats(s->context);
     if (status != ATTN_OK) {
@@ -116,9 +119,9 @@ static attn_status generate(session *s, attn_sampler *sampler, const run_options
         const char *text = attn_token_text(s->tokenizer, token, 0, &bytes);
         cli_text_add(answer, "%.*s", (int)bytes, text);
         size_t ready = finished_bytes(answer->data, answer->length);
-        if (!o->json && ready > shown) {
-            fwrite(answer->data + shown, 1, ready - shown, stdout);
-            fflush(stdout);
+        if (stream != NULL && ready > shown) {
+            fwrite(answer->data + shown, 1, ready - shown, stream);
+            fflush(stream);
             shown = ready;
         }
         if (n + 1 == o->tokens) {
@@ -131,9 +134,9 @@ static attn_status generate(session *s, attn_sampler *sampler, const run_options
     }
     stats->generate_seconds = now_seconds() - begin;
     stats->generation = attn_context_get_stats(s->context);
-    if (!o->json) {
-        fwrite(answer->data + shown, 1, answer->length - shown, stdout);
-        putchar('\n');
+    if (stream != NULL) {
+        fwrite(answer->data + shown, 1, answer->length - shown, stream);
+        putc('\n', stream);
     }
     return status;
 }

@@ -67,7 +67,7 @@ trap 'rm -rf "$results"' EXIT
 
 # ask NAME [OPTION]...: the answer and the statistics, as JSON.
 ask() {
-    "$attn" run "$MODEL" --chat -f "$DOC" -p "$ASK" -n "${TOKENS:-80}" --json "${@:2}" >"$results/$1"
+    "$attn" run "$MODEL" --chat -f "$DOC" -p "$ASK" -n "${TOKENS:-80}" --json --stats "${@:2}" >"$results/$1"
 }
 
 say "Model:     $MODEL"
@@ -98,6 +98,9 @@ print()
 for label, number in (("prompt read in %.2f s", "prompt_seconds"), ("  of it attention %.2f s", "prompt_attention_seconds"),
                       ("first word after %.2f s", "first_token_seconds")):
     row([label % r[number] for r in runs])
+row(["  %.0f %% of the time in attention" % (100 * r["prompt_attention_seconds"] / r["prompt_seconds"]) for r in runs])
+rate = runs[0]["prompt_attention_flops"] / max(runs[0]["prompt_attention_seconds"], 1e-9)
+row(["  at %.0f GFLOP/s, %.0f %% of this machine's peak" % (rate * 1e-9, 100 * rate / runs[0]["peak_flops_per_second"]), ""])
 row(["%.1f tokens/s while answering" % (max(r["generated_tokens"] - 1, 0) / max(r["generate_seconds"], 1e-9)) for r in runs])
 row(["peak memory %.0f MB" % (r["peak_memory_bytes"] * 1e-6) for r in runs])
 reading, attention = (runs[0][key] / max(runs[1][key], 1e-9) for key in ("prompt_seconds", "prompt_attention_seconds"))
