@@ -7,7 +7,7 @@
 #define ROWS_AHEAD 64
 VINLINE void fetch_ahead(const void *from, const attn_dtype dtype, int64_t row, int64_t stride, int64_t c)
 {
-    int64_t size = dtype == ATTN_F32 ? 4 : dtype == ATTN_I8 ? 1 : 2;
+    int64_t size = size_of(dtype);
     if (c * size % 64 == 0) {
         __builtin_prefetch((const void *)((uintptr_t)from + (uintptr_t)(((row + ROWS_AHEAD) * stride + c) * size)), 0, 2);
     }
@@ -289,7 +289,7 @@ VINLINE void scores_rows(const int rows, float *s, int64_t lds, const float *q, 
 #if defined(ATTN_ISA_AVX512)
     done = done > 0 ? done : scores_by_4(rows, s, lds, q, ldq, k, dtype, stride, keys, d);
 #endif
-    const char *rest = (const char *)k + done * stride * (dtype == ATTN_F32 ? 4 : dtype == ATTN_I8 ? 1 : 2);
+    const char *rest = (const char *)k + done * stride * size_of(dtype);
     scores_as(rows, s + done, lds, q, ldq, rest, dtype, stride, keys - done, d);
 }
 
@@ -308,7 +308,7 @@ VINLINE void scores_any(float *s, int64_t lds, const float *q, int64_t ldq, int6
 }
 
 static void scores(float *s, int64_t lds, const float *q, int64_t ldq, int64_t rows, const void *k,
-                          attn_dtype dtype_, int64_t stride, int64_t keys, int64_t d)
+                   attn_dtype dtype_, int64_t stride, int64_t keys, int64_t d)
 {
     BY_DTYPE(scores_any(s, lds, q, ldq, rows, k, dtype, stride, keys, d))
 }
@@ -396,7 +396,7 @@ VINLINE void values_any(float *o, int64_t ldo, const float *p, int64_t ldp, int6
 }
 
 static void values(float *o, int64_t ldo, const float *p, int64_t ldp, int64_t rows, const void *v,
-                          attn_dtype dtype_, int64_t stride, int64_t keys, int64_t dv)
+                   attn_dtype dtype_, int64_t stride, int64_t keys, int64_t dv)
 {
     BY_DTYPE(values_any(o, ldo, p, ldp, rows, v, dtype, stride, keys, dv))
 }

@@ -6,6 +6,8 @@
 #include "tensor/half.h"
 #include <attn/tensor.h>
 
+VINLINE int64_t size_of(const attn_dtype dtype) { return dtype == ATTN_F32 ? 4 : dtype == ATTN_I8 ? 1 : 2; }
+
 VINLINE vf load_as(const void *from, const attn_dtype dtype, int64_t at)
 {
     switch (dtype) {
