@@ -409,6 +409,8 @@ static void check_linear(void)
         same("linear step", o, o2, dv, 3e-6);
         k->read(d, dv, state, ld, q, o), s->read(d, dv, state, ld, q, o2);
         same("linear read", o, o2, dv, 3e-6);
+        float sum = k->sum(v, dv), sum2 = s->sum(v, dv);
+        same("sum", &sum, &sum2, 1, 1e-5 * (1 + sqrt((double)dv) / fabs((double)sum2)));
         k->multiply(o, v, v, dv), s->multiply(o2, v, v, dv);
         same("multiply", o, o2, dv, 1e-7);
         int64_t tokens = draw(1, 16), row = dv + draw(0, 5), size = tokens * row, reverse = draw(0, 1), step = reverse ? -row : row;

@@ -21,9 +21,9 @@ static int64_t width_of(const attn_linattn *x) { return x->map != NULL ? x->map-
 
 size_t attn_linear_work_floats(const attn_linattn *x)
 {
-    int64_t c = chunk_of(x), mp = attn_linear_padded(c), dp = attn_linear_padded(x->d), columns = attn_linear_columns(x), vp = attn_linear_padded(columns), f = width_of(x), fp = attn_linear_padded(f);
-    return (size_t)(2 * c * dp + 2 * c * vp + (x->d + columns) * mp + 3 * c * mp + 4 * mp + 3 * c * fp + f * vp +
-                    columns * fp + c * attn_max_i64(vp, fp) + fp + 64);
+    int64_t c = chunk_of(x), mp = attn_linear_padded(c), dp = attn_linear_padded(x->d), vp = attn_linear_padded(x->dv), f = width_of(x), fp = attn_linear_padded(f);
+    return (size_t)(2 * c * dp + 2 * c * vp + (x->d + x->dv) * mp + 3 * c * mp + 4 * mp + 3 * c * fp + f * vp + x->dv * fp +
+                    c * attn_max_i64(vp, fp) + 2 * fp + 64);
 }
 
 static float *take(float **memory, int64_t count)
@@ -40,8 +40,7 @@ void attn_linear_work_init(attn_linear_work *w, const attn_linattn *x, float *me
     int64_t c = w->chunk = chunk_of(x), f = w->width = width_of(x);
     w->mp = attn_linear_padded(c);
     w->dp = attn_linear_padded(x->d);
-    w->columns = attn_linear_columns(x);
-    w->vp = attn_linear_padded(w->columns);
+    w->vp = attn_linear_padded(x->dv);
     w->fp = attn_linear_padded(f);
     w->outer = x->map != NULL ? 1 : x->scale;
     w->row = (double *)(void *)take(&memory, 2 * w->mp);
@@ -52,7 +51,7 @@ void attn_linear_work_init(attn_linear_work *w, const attn_linattn *x, float *me
     w->v = take(&memory, c * w->vp);
     w->g = take(&memory, c * w->vp);
     w->kt = take(&memory, x->d * w->mp);
-    w->vt = take(&memory, w->columns * w->mp);
+    w->vt = take(&memory, x->dv * w->mp);
     w->s = take(&memory, c * w->mp);
     w->p = take(&memory, c * w->mp);
     w->decay = take(&memory, c * w->mp);
@@ -60,19 +59,25 @@ void attn_linear_work_init(attn_linear_work *w, const attn_linattn *x, float *me
     w->pk = take(&memory, c * w->fp);
     w->back = take(&memory, c * w->fp);
     w->state = take(&memory, f * w->vp);
-    w->turned = take(&memory, w->columns * w->fp);
+    w->turned = take(&memory, x->dv * w->fp);
     w->o = take(&memory, c * attn_max_i64(w->vp, w->fp));
     w->totals = take(&memory, w->fp);
+    w->sums = take(&memory, w->fp);
 }
 
-/* Rows low ... count - 1 of a chunk; the rows before are zero. */
-static void load_rows(float *to, int64_t ld, const float *from, int64_t width, int64_t low, int64_t count)
+/* Rows low ... count - 1 of a chunk, through f unless NULL; the rows before are zero. */
+static void load_rows(float *to, int64_t ld, const float *from, int64_t width, int64_t low, int64_t count, const attn_row_function *f)
 {
+    const attn_row_kernels *kernels = ATTN_KERNEL_SELECT(attn_row_kernels_table, attn_isa_current());
     for (int64_t r = 0; r < low; r++) {
         memset(to + r * ld, 0, (size_t)width * sizeof(float));
     }
     for (int64_t r = low; r < count; r++) {
-        memcpy(to + r * ld, from + r * width, (size_t)width * sizeof(float));
+        if (f != NULL) {
+            kernels->function(*f, from + r * width, NULL, width, to + r * ld);
+        } else {
+            memcpy(to + r * ld, from + r * width, (size_t)width * sizeof(float));
+        }
     }
 }
 
@@ -83,30 +88,27 @@ void attn_linear_load(attn_linear_work *w, int64_t first, int64_t count, const f
     int64_t shift = first - (x->causal ? x->m - x->n : 0); /* the query of the chunk's first token */
     w->count = count;
     w->low = attn_min_i64(count, attn_max_i64(0, -shift));
-    if (q != NULL && w->in_place && w->low == 0) {
+    if (q != NULL && w->in_place && w->low == 0 && x->rows == NULL) {
         w->q = q + shift * x->d;
         w->ldq = x->d;
     } else if (q != NULL) {
-        load_rows(w->own_q, w->dp, q + shift * x->d, x->d, w->low, count);
+        load_rows(w->own_q, w->dp, q + shift * x->d, x->d, w->low, count, x->rows);
         w->q = w->own_q;
         w->ldq = w->dp;
     }
     if (g != NULL) {
-        load_rows(w->g, w->vp, g + shift * x->dv, x->dv, w->low, count);
+        load_rows(w->g, w->vp, g + shift * x->dv, x->dv, w->low, count, NULL);
     }
-    if (k != NULL && w->in_place) {
+    if (k != NULL && w->in_place && x->rows == NULL) {
         w->k = k + first * x->d;
         w->ldk = x->d;
     } else if (k != NULL) {
-        load_rows(w->own_k, w->dp, k + first * x->d, x->d, 0, count);
+        load_rows(w->own_k, w->dp, k + first * x->d, x->d, 0, count, x->rows);
         w->k = w->own_k;
         w->ldk = w->dp;
     }
     if (v != NULL) {
-        load_rows(w->v, w->vp, v + first * x->dv, x->dv, 0, count);
-        for (int64_t r = 0; r < count && x->sums != NULL; r++) {
-            w->v[r * w->vp + x->dv] = 1;
-        }
+        load_rows(w->v, w->vp, v + first * x->dv, x->dv, 0, count, NULL);
     }
 }
 
@@ -255,24 +257,43 @@ static void prefetch(const attn_linattn *x, int64_t chunk, stream *s)
     }
 }
 
-/* state = total * state + pk^T v */
+/* state = total * state + pk^T v, and the sums of features likewise */
 static void advance(attn_linear_work *w, stream *s)
 {
+    static const float one = 1;
     attn_linear_decay_state(w);
+    if (w->x->sums != NULL) {
+        if (w->x->decays != NULL) {
+            w->kernel->multiply(w->sums, w->sums, w->totals, w->width);
+        } else if (w->total != 1) {
+            w->tile->scale(w->sums, w->width, w->total);
+        }
+        w->tile->product(1, w->width, w->count, &one, 0, 0, w->pk, w->fp, w->tile->nr, w->sums, w->fp, 1);
+    }
     for (int64_t f = 0; f < w->width; f += SLICE) {
         int64_t rows = attn_min_i64(SLICE, w->width - f);
         prefetch(w->x, w->chunk, s);
-        w->tile->product(rows, w->columns, w->count, w->pk + f, 1, w->fp, w->v, w->vp, w->tile->nr, w->state + f * w->vp, w->vp, 1);
+        w->tile->product(rows, w->x->dv, w->count, w->pk + f, 1, w->fp, w->v, w->vp, w->tile->nr, w->state + f * w->vp, w->vp, 1);
     }
 }
 
-/* Rows of sums of weighted values, and of weights in the column after: o, and the sums of queries from `query` (of all heads) on. */
-static void finish(const attn_linattn *x, const float *from, int64_t ld, int64_t rows, int64_t query, float *o)
+/* The sum of weights of query i of a head (that of query `at` among all) is known: o [dv] is divided by it. */
+static void finish(const attn_linattn *x, float sum, int64_t i, int64_t at, float *o)
 {
-    for (int64_t r = 0; r < rows; r++, from += ld) {
-        float sum = from[x->dv], factor = sum == 0 ? 0 : (float)(1 / ((double)sum + x->sums->eps));
-        x->sums->sums[query + r] = sum;
-        attn_tile_kernels_get()->load_row(o + r * x->dv, from, ATTN_F32, x->dv, x->sums->divide ? factor : 1);
+    double by = (double)sum + x->sums->eps;
+    float factor = attn_linear_visible(x, i) > 0 ? (float)(1 / by) : 0;
+    if (x->sums->sums != NULL) {
+        x->sums->sums[at] = sum;
+    }
+    if (!x->sums->divide) {
+        return;
+    }
+    if (factor == 0 || isnormal(factor)) {
+        attn_tile_kernels_get()->scale(o, x->dv, factor);
+        return;
+    }
+    for (int64_t c = 0; c < x->dv; c++) {
+        o[c] = (float)((double)o[c] / by);
     }
 }
 
@@ -283,11 +304,11 @@ static void forward_head(attn_linear_work *w, int64_t b, int64_t h, int fresh, i
     const attn_linattn *x = w->x;
     int64_t made = 0, shift = x->causal ? x->m - x->n : 0;
     int64_t shares = (x->causal ? 3 * attn_ceil_div(w->chunk, ATTN_LINEAR_STRIPE) : 0) + attn_ceil_div(w->width, SLICE);
-    int64_t ld = x->sums != NULL ? w->vp : x->dv, queries_before = (b * x->heads + h) * x->n;
+    int64_t queries_before = (b * x->heads + h) * x->n;
     w->in_place = 1;
     if (x->causal && x->n > x->m) {
         memset(o, 0, (size_t)((x->n - x->m) * x->dv) * sizeof(float));
-        if (x->sums != NULL) {
+        if (x->sums != NULL && x->sums->sums != NULL) {
             memset(x->sums->sums + queries_before, 0, (size_t)(x->n - x->m) * sizeof(float));
         }
     }
@@ -315,19 +336,20 @@ static void forward_head(attn_linear_work *w, int64_t b, int64_t h, int fresh, i
                 continue;
             }
             int64_t query = first - shift + low;
-            float *to = x->sums != NULL ? w->o : o + query * x->dv;
+            float *to = o + query * x->dv;
             if (x->decays == NULL) {
                 attn_linear_weights_rows(w, r, 0);
             }
             prefetch(x, w->chunk, &next);
-            w->tile->product(end - low, w->columns, end, w->s + low * w->mp, w->mp, 1, w->v, w->vp, w->tile->nr, to, ld, 0);
+            w->tile->product(end - low, x->dv, end, w->s + low * w->mp, w->mp, 1, w->v, w->vp, w->tile->nr, to, x->dv, 0);
             prefetch(x, w->chunk, &next);
             if (read) {
-                w->tile->product(end - low, w->columns, w->width, w->pq + low * w->fp, w->fp, 1, w->state, w->vp, w->tile->nr, to, ld, 1);
+                w->tile->product(end - low, x->dv, w->width, w->pq + low * w->fp, w->fp, 1, w->state, w->vp, w->tile->nr, to, x->dv, 1);
                 prefetch(x, w->chunk, &next);
             }
-            if (x->sums != NULL) {
-                finish(x, to, ld, end - low, queries_before + query, o + query * x->dv);
+            for (int64_t i = low; i < end && x->sums != NULL; i++, query++, to += x->dv) {
+                float sum = w->kernel->sum(w->s + i * w->mp, end) + (read ? w->tile->dot(w->pq + i * w->fp, w->sums, w->width) : 0);
+                finish(x, sum, query, queries_before + query, to);
             }
         }
         if (write) {
@@ -341,10 +363,9 @@ static void forward_head(attn_linear_work *w, int64_t b, int64_t h, int fresh, i
         attn_linear_load(w, first, attn_min_i64(w->chunk, x->n - first), q, NULL, NULL, NULL);
         attn_linear_decays(w, b, h, 0);
         attn_linear_features(w, 1, 0);
-        float *to = x->sums != NULL ? w->o : o + first * x->dv;
-        w->tile->product(w->count, w->columns, w->width, w->pq, w->fp, 1, w->state, w->vp, w->tile->nr, to, ld, 0);
-        if (x->sums != NULL) {
-            finish(x, to, ld, w->count, queries_before + first, o + first * x->dv);
+        w->tile->product(w->count, x->dv, w->width, w->pq, w->fp, 1, w->state, w->vp, w->tile->nr, o + first * x->dv, x->dv, 0);
+        for (int64_t i = 0; i < w->count && x->sums != NULL; i++) {
+            finish(x, w->tile->dot(w->pq + i * w->fp, w->sums, w->width), first + i, queries_before + first + i, o + (first + i) * x->dv);
         }
     }
 }
@@ -358,12 +379,12 @@ static double pair_operations(const attn_linattn *x)
         int64_t full = attn_max_i64(0, attn_min_i64(x->n, x->m)); /* queries that see a key; the last one sees m */
         pairs = (double)full * ((double)x->m - (double)(full - 1) / 2);
     }
-    return 2 * pairs * (double)(x->d + attn_linear_columns(x));
+    return 2 * pairs * (double)(x->d + x->dv + (x->sums != NULL));
 }
 
 static double chunk_operations(const attn_linattn *x)
 {
-    double inside = x->causal ? (double)x->n * (double)chunk_of(x) / 2 : 0, columns = (double)attn_linear_columns(x);
+    double inside = x->causal ? (double)x->n * (double)chunk_of(x) / 2 : 0, columns = (double)(x->dv + (x->sums != NULL));
     return 2 * (inside * ((double)x->d + columns) + (double)(x->n + x->m) * (double)width_of(x) * columns);
 }
 
@@ -400,8 +421,7 @@ void attn_linear_pair_weights(const attn_linattn *x, int64_t first, int64_t rows
 
 static size_t pair_floats(const attn_linattn *x)
 {
-    int64_t vp = attn_linear_padded(attn_linear_columns(x));
-    return (size_t)(ATTN_LINEAR_PAIR_KEYS * (x->d + vp + ATTN_LINEAR_PAIR_ROWS) + PAIR_PART * vp + 64);
+    return (size_t)(ATTN_LINEAR_PAIR_KEYS * (x->d + attn_linear_padded(x->dv) + ATTN_LINEAR_PAIR_ROWS) + PAIR_PART + 64);
 }
 
 /* Some queries of head i against all keys. */
@@ -409,29 +429,28 @@ static void pair_queries(const attn_linattn *x, float *memory, int64_t i, int64_
                          const float *v, float *o)
 {
     const attn_tile_kernels *tile = attn_tile_kernels_get();
-    int64_t columns = attn_linear_columns(x), vp = attn_linear_padded(columns), ld = ATTN_LINEAR_PAIR_KEYS;
-    float *kt = memory, *rows_v = kt + ld * x->d, *s = rows_v + ld * vp, *own = s + ld * ATTN_LINEAR_PAIR_ROWS;
-    float *to = x->sums != NULL ? own : o + first * x->dv;
-    int64_t ldo = x->sums != NULL ? vp : x->dv;
-    memset(to, 0, (size_t)((end - first) * ldo) * sizeof *o);
+    int64_t vp = attn_linear_padded(x->dv), ld = ATTN_LINEAR_PAIR_KEYS;
+    float *kt = memory, *rows_v = kt + ld * x->d, *s = rows_v + ld * vp, *sums = s + ld * ATTN_LINEAR_PAIR_ROWS;
+    memset(sums, 0, PAIR_PART * sizeof *sums);
+    memset(o + first * x->dv, 0, (size_t)((end - first) * x->dv) * sizeof *o);
     for (int64_t key = 0; key < attn_linear_visible(x, end - 1); key += ld) {
         int64_t keys = attn_min_i64(ld, attn_linear_visible(x, end - 1) - key);
         tile->pack_transposed(kt, ld, k + key * x->d, ATTN_F32, x->d, keys, x->d);
         attn_linear_copy(rows_v, vp, v + key * x->dv, x->dv, keys, x->dv);
-        for (int64_t j = 0; j < keys && x->sums != NULL; j++) {
-            rows_v[j * vp + x->dv] = 1;
-        }
         for (int64_t r = first; r < end; r += ATTN_LINEAR_PAIR_ROWS) {
             int64_t rows = attn_min_i64(ATTN_LINEAR_PAIR_ROWS, end - r);
             int64_t count = attn_min_i64(keys, attn_linear_visible(x, r + rows - 1) - key);
             if (count > 0) {
                 attn_linear_pair_weights(x, r, rows, key, count, q + r * x->d, x->d, kt, s, NULL);
-                tile->product(rows, columns, count, s, ld, 1, rows_v, vp, tile->nr, to + (r - first) * ldo, ldo, 1);
+                tile->product(rows, x->dv, count, s, ld, 1, rows_v, vp, tile->nr, o + r * x->dv, x->dv, 1);
+                for (int64_t j = 0; j < rows && x->sums != NULL; j++) {
+                    sums[r - first + j] += attn_linear_kernels_get()->sum(s + j * ld, count);
+                }
             }
         }
     }
-    if (x->sums != NULL) {
-        finish(x, to, ldo, end - first, i * x->n + first, o + first * x->dv);
+    for (int64_t r = first; r < end && x->sums != NULL; r++) {
+        finish(x, sums[r - first], r, i * x->n + r, o + r * x->dv);
     }
 }
 
@@ -460,7 +479,7 @@ attn_status attn_linattn_forward(const attn_linattn *shape, attn_arena *arena, i
                                  const float *v, const float *state_in, float *o, float *state_out)
 {
     const attn_linattn x = *shape;
-    if (state_in == NULL && state_out == NULL && attn_linattn_by_pairs(&x)) {
+    if (state_in == NULL && state_out == NULL && (x.sums == NULL || x.sums->last == NULL) && attn_linattn_by_pairs(&x)) {
         return pairs_forward(&x, arena, threads, q, k, v, o);
     }
     size_t each = attn_linear_work_floats(&x);
@@ -477,11 +496,15 @@ attn_status attn_linattn_forward(const attn_linattn *shape, attn_arena *arena, i
         for (int64_t i = 0; i < x.batch * x.heads; i++) {
             int64_t b = i / x.heads, h = i % x.heads, kv = b * x.kv_heads + h / (x.heads / x.kv_heads);
             memset(w.state, 0, (size_t)(w.width * w.vp) * sizeof(float));
+            memset(w.sums, 0, (size_t)w.width * sizeof(float));
             if (state_in != NULL) {
                 attn_linear_copy(w.state, w.vp, state_in + i * w.width * x.dv, x.dv, w.width, x.dv);
             }
-            forward_head(&w, b, h, state_in == NULL, state_out != NULL, q + i * x.n * x.d, k + kv * x.m * x.d, v + kv * x.m * x.dv,
+            forward_head(&w, b, h, state_in == NULL, state_out != NULL || (x.sums != NULL && x.sums->last != NULL), q + i * x.n * x.d, k + kv * x.m * x.d, v + kv * x.m * x.dv,
                          o + i * x.n * x.dv);
+            if (x.sums != NULL && x.sums->last != NULL) {
+                memcpy(x.sums->last + i * w.width, w.sums, (size_t)w.width * sizeof(float));
+            }
             if (state_out != NULL) {
                 attn_linear_copy(state_out + i * w.width * x.dv, x.dv, w.state, w.vp, w.width, x.dv);
             }

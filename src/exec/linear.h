@@ -12,6 +12,7 @@
 #define ATTN_EXEC_LINEAR_H
 
 #include "core/internal.h"
+#include "kernel/rows.h"
 
 /* A feature map whose products phi(q).phi(k) are a function of s = scale * q.k. */
 typedef struct attn_feature_map {
@@ -24,12 +25,12 @@ typedef struct attn_feature_map {
     void (*pair)(int64_t count, float *s, float *slope);
 } attn_feature_map;
 
-/* What else the forward pass makes of weights: their sums [batch, heads, n] (0 for a query that sees no key), by which o is divided when
- * `divide`. */
+/* What else the forward pass makes of weights: their sums. */
 typedef struct attn_linattn_sums {
-    float *sums;
-    int divide;
-    double eps; /* added to a sum before it divides */
+    float *sums; /* [batch, heads, n] (0 for a query that sees no key), or NULL */
+    float *last; /* [batch, heads, width]: the sums of all phi(k), decayed like the state, or NULL */
+    int divide;  /* o by the sums; a query that sees no key stays 0 */
+    double eps;  /* added to a sum before it divides */
 } attn_linattn_sums;
 
 /* With causal, key j is visible to query i if j <= i + (m - n). Decay needs causal; queries and keys of a place share its decay. At most
@@ -44,7 +45,8 @@ typedef struct attn_linattn {
     const float *log_decay;      /* [batch, heads, m]: decay exp(log_decay) of each token (<= 0), or NULL */
     const float *decays;         /* [batch, heads, m, width]: factor of each feature's row of the state at each token, or NULL */
     const attn_feature_map *map; /* NULL: phi(x) = x */
-    const attn_linattn_sums *sums; /* forward without states only, else NULL */
+    const attn_linattn_sums *sums; /* forward, from an empty state, only; else NULL */
+    const attn_row_function *rows; /* forward only: f(q) and f(k) are meant wherever q and k stand here; NULL: they themselves */
 } attn_linattn;
 
 /* Whether no state is needed and pairs of tokens alone are less work than a map's features: short sequences, then computed by pairs. */

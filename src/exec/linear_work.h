@@ -14,8 +14,7 @@ typedef struct attn_linear_work {
     const attn_tile_kernels *tile;
     const attn_linear_kernels *kernel;
     int64_t chunk, width;       /* tokens of a chunk; features */
-    int64_t columns;            /* of values */
-    int64_t mp, dp, vp, fp;     /* padded chunk, d, columns, width */
+    int64_t mp, dp, vp, fp;     /* padded chunk, d, dv, width */
     double outer;               /* the factor of phi(q) S: scale, or 1 when the features hold it */
     int64_t count, low;         /* of this chunk: tokens, and the first token that has a query */
     int in_place;               /* q and k may be the caller's rows */
@@ -30,6 +29,7 @@ typedef struct attn_linear_work {
     float total;                /* decay of the whole chunk */
     const float *decays;        /* by feature: rows of the chunk, `width` apart */
     float *totals;              /* [fp]: by feature, of the whole chunk */
+    float *sums;                /* [fp]: of the features of keys before the chunk */
     float *pq, *pk;             /* [chunk][fp]: features of q times `in`, of k times `out` */
     float *state, *turned;      /* [width][vp], [dv][fp] */
     float *o;                   /* [chunk][max(vp, fp)] */
@@ -41,8 +41,6 @@ typedef struct attn_linear_work {
 #define ATTN_LINEAR_PAIR_ROWS 48
 
 static inline int64_t attn_linear_padded(int64_t count) { return (count + 15) / 16 * 16; }
-/* Columns of values: theirs, and one of ones when sums of weights are wanted. */
-static inline int64_t attn_linear_columns(const attn_linattn *x) { return x->dv + (x->sums != NULL); }
 /* Keys that query i sees. */
 static inline int64_t attn_linear_visible(const attn_linattn *x, int64_t i)
 {

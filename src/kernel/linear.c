@@ -84,6 +84,20 @@ static void read_state(int64_t d, int64_t dv, const float *state, int64_t ld, co
     all_columns(0, d, dv, (float *)(uintptr_t)state, ld, 1, NULL, q, NULL, NULL, o);
 }
 
+static float sum_row(const float *x, int64_t count)
+{
+    vf s0 = v_zero(), s1 = v_zero();
+    int64_t i = 0;
+    for (; i + 2 * VW <= count; i += 2 * VW) {
+        s0 = v_add(s0, v_load(x + i));
+        s1 = v_add(s1, v_load(x + i + VW));
+    }
+    for (; i < count; i += VW) {
+        s0 = v_add(s0, v_load_n(x + i, count - i < VW ? (int)(count - i) : VW));
+    }
+    return v_sum(v_add(s0, s1));
+}
+
 static void multiply(float *to, const float *a, const float *b, int64_t count)
 {
     int64_t i = 0;
@@ -269,7 +283,7 @@ static void taylor_features_back(int64_t d, double scale, const float *x, const 
     }
 }
 
-const attn_linear_kernels ATTN_K(attn_linear_kernels_table) = {.step = step, .read = read_state, .multiply = multiply,
+const attn_linear_kernels ATTN_K(attn_linear_kernels_table) = {.step = step, .read = read_state, .sum = sum_row, .multiply = multiply,
                                                                .faded_scores = faded_scores, .faded_sums = faded_sums, .fade = fade, .sigmoid = sigmoid,
                                                                .taylor = taylor, .taylor_features = taylor_features,
                                                                .taylor_features_back = taylor_features_back};

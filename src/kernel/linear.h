@@ -12,6 +12,7 @@ typedef struct attn_linear_kernels {
                  const float *k, const float *v, float *o);
     /* o [dv] = sum of q[row] * state[row]. */
     void (*read)(int64_t d, int64_t dv, const float *state, int64_t ld, const float *q, float *o);
+    float (*sum)(const float *x, int64_t count);
     /* to[i] = a[i] * b[i] */
     void (*multiply)(float *to, const float *a, const float *b, int64_t count);
 

@@ -70,7 +70,7 @@ static float reciprocal(const core *c, float z) { return z == 0 ? 0 : (float)(1 
 /* o [B,H,N,Dv], z [B,H,N] */
 static attn_status core_forward(attn_call *call, const core *c, const float *q, const float *k, const float *v, float *o, float *z)
 {
-    attn_linattn_sums sums = {z, c->normalize, c->eps};
+    attn_linattn_sums sums = {z, NULL, c->normalize, c->eps};
     attn_linattn shape = shape_of(c, 0);
     shape.sums = &sums;
     return attn_linattn_forward(&shape, call->arena, call->threads, q, k, v, NULL, o, NULL);

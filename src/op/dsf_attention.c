@@ -236,38 +236,58 @@ static void divide(float *x, int64_t count, double by)
     }
 }
 
-static attn_status plain_forward(attn_call *call)
+/* Token by token: the sums of scores in a pass of their own. */
+static attn_status plain_decode(attn_call *call, const attn_linattn *x, float *state, float *last)
 {
-    const attention_params *p = call->params;
-    attn_linattn x = plain_shape(call);
-    int64_t all = x.batch * x.heads;
-    const float *fq, *fk, *v = attn_f32(call->t[V]);
-    float *state, *z, *o = attn_f32(call->t[O]);
-    double *eta = attn_arena_array(call->arena, (size_t)(all * x.n), sizeof *eta);
-    ATTN_TRY(attn_take_f32(call, all * x.d * x.dv, &state));
-    ATTN_TRY(attn_take_f32(call, all * 3 * x.d, &z));
+    const float *fq, *fk;
+    float *z, *o = attn_f32(call->t[O]);
+    int64_t heads = x->batch * x->heads;
+    double *eta = attn_arena_array(call->arena, (size_t)(heads * x->n), sizeof *eta);
+    ATTN_TRY(attn_take_f32(call, heads * 3 * x->d, &z));
     ATTN_TRY(plain_features(call, call->t[Q], &fq));
     ATTN_TRY(plain_features(call, call->t[K], &fk));
     if (eta == NULL) {
-        return attn_fail_memory((size_t)(all * x.n) * sizeof *eta);
+        return attn_fail_memory((size_t)(heads * x->n) * sizeof *eta);
     }
+    ATTN_TRY(attn_linattn_decode(x, call->arena, call->threads, fq, fk, attn_f32(call->t[V]), NULL, state, o));
+    if (last != NULL) {
+        plain_denominators(call, x, fq, fk, z, eta);
+        for (int64_t row = 0; row < heads * x->n; row++) {
+            divide(o + row * x->dv, x->dv, eta[row]);
+        }
+        for (int64_t bh = 0; bh < heads; bh++) {
+            memcpy(last + bh * x->d, z + (bh * 3 + 1) * x->d, (size_t)x->d * sizeof *z);
+        }
+    }
+    return ATTN_OK;
+}
+
+static attn_status plain_forward(attn_call *call)
+{
+    static const attn_row_function elu1 = ATTN_ROW_ELU1;
+    const attention_params *p = call->params;
+    attn_linattn x = plain_shape(call);
+    int64_t all = x.batch * x.heads;
+    float *state, *last = p->eta == ETA_SUM ? attn_f32(call->t[Z_LAST]) : NULL, *o = attn_f32(call->t[O]);
+    attn_linattn_sums sums = {NULL, last, 1, 0};
+    ATTN_TRY(attn_take_f32(call, all * x.d * x.dv, &state));
     if (p->decode) {
-        ATTN_TRY(attn_linattn_decode(&x, call->arena, call->threads, fq, fk, v, NULL, state, o));
+        ATTN_TRY(plain_decode(call, &x, state, last));
     } else {
-        ATTN_TRY(attn_linattn_forward(&x, call->arena, call->threads, fq, fk, v, NULL, o, state));
+        x.rows = p->phi == PHI_ELU1 ? &elu1 : NULL;
+        x.sums = p->eta == ETA_SUM ? &sums : NULL;
+        ATTN_TRY(attn_linattn_forward(&x, call->arena, call->threads, attn_f32(call->t[Q]), attn_f32(call->t[K]), attn_f32(call->t[V]), NULL, o,
+                                      state));
     }
-    plain_denominators(call, &x, fq, fk, z, eta);
 #pragma omp parallel for schedule(static) num_threads(call->threads) if (call->threads > 1)
     for (int64_t bh = 0; bh < all; bh++) {
-        for (int64_t row = bh * x.n; row < (p->eta != ETA_NONE ? (bh + 1) * x.n : 0); row++) {
-            divide(o + row * x.dv, x.dv, eta[row]);
+        for (int64_t row = bh * x.n; row < (p->eta >= ETA_EXP ? (bh + 1) * x.n : 0); row++) {
+            double slope;
+            divide(o + row * x.dv, x.dv, eta_of(p->eta, (double)attn_f32(call->t[N_PRE])[row], &slope));
         }
         for (int64_t s = 0; s < x.d; s++) {
             for (int64_t c = 0; c < x.dv; c++) {
                 attn_f32(call->t[H_LAST])[(bh * x.dv + c) * x.d + s] = state[(bh * x.d + s) * x.dv + c];
-            }
-            if (call->t[Z_LAST] != NULL) {
-                attn_f32(call->t[Z_LAST])[bh * x.d + s] = z[(bh * 3 + 1) * x.d + s];
             }
         }
     }
