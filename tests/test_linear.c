@@ -256,6 +256,89 @@ static void maps(void **unused)
     }
 }
 
+/* Sums of weights, division by them, and functions of the rows of q and k: against values of ones, and rows made beforehand. */
+static void one_with_sums(attn_linattn x, int decay, int with_rows, int divide)
+{
+    static const attn_row_function elu1 = ATTN_ROW_ELU1;
+    attn_random random;
+    attn_random_seed(&random, (uint64_t)(x.m * 17 + x.n));
+    int64_t all = x.batch * x.heads, groups = x.batch * x.kv_heads, width = width_of(&x), queries = all * x.n * x.d, keys = groups * x.m * x.d;
+    float *q = numbers(&random, queries), *k = numbers(&random, keys), *v = numbers(&random, groups * x.m * x.dv);
+    float *ones = calloc((size_t)(groups * x.m), sizeof *ones), *zeros = calloc((size_t)(all * width * x.dv), sizeof *zeros);
+    float *decays = numbers(&random, all * x.m * width), *fq = numbers(&random, queries), *fk = numbers(&random, keys);
+    double *want = calloc((size_t)(all * x.n * x.dv), sizeof *want), *want_sums = calloc((size_t)(all * x.n), sizeof *want_sums);
+    double *want_last = calloc((size_t)(all * width), sizeof *want_last), *state = calloc((size_t)(all * width * x.dv), sizeof *state);
+    assert_true(ones != NULL && zeros != NULL && want != NULL && want_sums != NULL && want_last != NULL && state != NULL);
+    for (int64_t i = 0; i < groups * x.m; i++) {
+        ones[i] = 1;
+    }
+    for (int64_t i = 0; i < all * x.m * width; i++) {
+        decays[i] = decay == BY_TOKEN ? -fabsf(decays[i]) : expf(-fabsf(decays[i]));
+    }
+    for (int64_t i = 0; i < queries + keys; i++) { /* positive, so that sums are far from 0 */
+        float *from = i < queries ? q + i : k + i - queries, *to = i < queries ? fq + i : fk + i - queries;
+        *from = with_rows ? *from : fabsf(*from);
+        *to = !with_rows ? *from : *from > 0 ? *from + 1 : expf(*from);
+    }
+    x.log_decay = decay == BY_TOKEN ? decays : NULL;
+    x.decays = decay == BY_FEATURE ? decays : NULL;
+    attn_linattn narrow = x;
+    narrow.dv = 1;
+    for (int64_t head = 0; head < all; head++) {
+        reference_head(&x, &(tensors){fq, fk, v, zeros, zeros}, &(results){.o = want, .state = state}, head, NULL);
+        reference_head(&narrow, &(tensors){fq, fk, ones, zeros, zeros}, &(results){.o = want_sums, .state = want_last}, head, NULL);
+    }
+    for (int64_t i = 0; i < all * x.n * x.dv && divide; i++) {
+        want[i] = want_sums[i / x.dv] == 0 ? 0 : want[i] / (want_sums[i / x.dv] + 1e-3);
+    }
+    float *o = numbers(&random, all * x.n * x.dv), *sums = numbers(&random, all * x.n), *last = numbers(&random, all * width);
+    float *again = numbers(&random, all * x.n * x.dv);
+    attn_arena *arena;
+    assert_int_equal(attn_arena_create(&arena, 0), ATTN_OK);
+    x.sums = &(attn_linattn_sums){sums, x.map == NULL ? last : NULL, divide, 1e-3};
+    x.rows = with_rows ? &elu1 : NULL;
+    assert_int_equal(attn_linattn_forward(&x, arena, 7, q, k, v, NULL, again, NULL), ATTN_OK);
+    assert_int_equal(attn_linattn_forward(&x, arena, 1, q, k, v, NULL, o, NULL), ATTN_OK);
+    assert_memory_equal(o, again, (size_t)(all * x.n * x.dv) * sizeof *o);
+    char what[96];
+    snprintf(what, sizeof what, "o with sums, %dx%d tokens, causal %d, decay %s, map %d", (int)x.n, (int)x.m, x.causal, decay_names[decay],
+             x.map != NULL);
+    compare(what, o, want, all * x.n * x.dv, 1e-5);
+    what[0] = ' ';
+    compare(what + 1, sums, want_sums, all * x.n, 1e-5);
+    if (x.map == NULL) {
+        compare("sums of keys", last, want_last, all * width, 1e-5);
+    }
+    attn_arena_destroy(arena);
+    void *made[] = {q, k, v, ones, zeros, decays, fq, fk, want, want_sums, want_last, state, o, sums, last, again};
+    for (size_t i = 0; i < sizeof made / sizeof *made; i++) {
+        free(made[i]);
+    }
+}
+
+static void sums(void **unused)
+{
+    (void)unused;
+    static const int64_t lengths[][2] = {{1, 1}, {131, 131}, {40, 171}, {150, 33}};
+    for (size_t i = 0; i < sizeof lengths / sizeof *lengths; i++) {
+        for (int run = 0; run < 2 * DECAYS; run++) {
+            int decay = run / 2;
+            attn_linattn x = {.batch = 1, .heads = 4, .kv_heads = 2, .n = lengths[i][0], .m = lengths[i][1], .d = 13, .dv = 19, .causal = 1,
+                              .scale = 1};
+            if (decay == BY_HEAD) { /* here: by pairs or by features */
+                x.map = &square;
+                x.d = 5;
+                decay = NO_DECAY;
+            }
+            one_with_sums(x, decay, run % 2 != 0 && x.map == NULL, run % 2 != 0);
+            x.causal = 0;
+            if (decay == NO_DECAY) {
+                one_with_sums(x, decay, run % 2 == 0 && x.map == NULL, 1);
+            }
+        }
+    }
+}
+
 /* A million tokens whose decays are all but 1, or next to nothing, or anything. */
 static void long_sequences(void **unused)
 {
@@ -303,6 +386,6 @@ static void long_sequences(void **unused)
 
 int main(void)
 {
-    const struct CMUnitTest tests[] = {cmocka_unit_test(shapes), cmocka_unit_test(maps), cmocka_unit_test(long_sequences)};
+    const struct CMUnitTest tests[] = {cmocka_unit_test(shapes), cmocka_unit_test(maps), cmocka_unit_test(sums), cmocka_unit_test(long_sequences)};
     return cmocka_run_group_tests(tests, NULL, NULL);
 }

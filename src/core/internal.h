@@ -39,6 +39,25 @@ char *attn_strdup(const char *text);
 /* Ask for `rows` rows of `bytes` each, `stride` bytes apart, to be brought near. */
 void attn_prefetch(const void *row, ptrdiff_t stride, int64_t rows, size_t bytes);
 
+/* What will be read next, asked for in small shares while something else is computed: memory has nothing to do meanwhile, and more
+ * requests than it takes at a time would stop the work. */
+typedef struct attn_ahead {
+    int count, share, shares;
+    struct {
+        const void *at;
+        size_t bytes;
+    } ranges[8];
+} attn_ahead;
+/* `count` numbers from at on; none when count < 1. At most 8 ranges. */
+static inline void attn_ahead_add(attn_ahead *ahead, const float *at, int64_t count)
+{
+    if (count > 0) {
+        ahead->ranges[ahead->count].at = at;
+        ahead->ranges[ahead->count++].bytes = (size_t)count * sizeof *at;
+    }
+}
+void attn_ahead_share(attn_ahead *ahead); /* the next share of each range, if there is one */
+
 /* Map a regular file of at least `least` bytes for reading; `kind` names the format in messages. */
 attn_status attn_map_file(const char *path, const char *kind, size_t least, void **map, size_t *bytes);
 void attn_unmap_file(void *map, size_t bytes); /* NULL is ignored */

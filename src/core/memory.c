@@ -270,6 +270,7 @@ void attn_arena_release(attn_arena *arena, attn_arena_mark mark)
 }
 
 #define CACHE_LINE 64
+#define NEAR_BYTES 65536 /* more than this is asked for to the second-level cache only: it would push out what is worked on */
 
 void attn_prefetch(const void *row, ptrdiff_t stride, int64_t rows, size_t bytes)
 {
@@ -281,6 +282,26 @@ void attn_prefetch(const void *row, ptrdiff_t stride, int64_t rows, size_t bytes
     }
     /* Without it GCC takes this function for one without effect, and drops each call of it that it can see through. */
     __asm__ volatile("");
+}
+
+void attn_ahead_share(attn_ahead *ahead)
+{
+    size_t share = (size_t)ahead->share, shares = (size_t)ahead->shares, all = 0;
+    for (int i = 0; i < ahead->count; i++) {
+        all += ahead->ranges[i].bytes;
+    }
+    for (int i = 0; i < ahead->count && share < shares; i++) {
+        size_t lines = (ahead->ranges[i].bytes + CACHE_LINE - 1) / CACHE_LINE, end = lines * (share + 1) / shares;
+        for (size_t line = lines * share / shares; line < end; line++) {
+            const char *at = (const char *)ahead->ranges[i].at + line * CACHE_LINE;
+            if (all > NEAR_BYTES) {
+                __builtin_prefetch(at, 0, 2);
+            } else {
+                __builtin_prefetch(at, 0, 3);
+            }
+        }
+    }
+    ahead->share++;
 }
 
 int attn_exec_threads(const attn_exec *exec)

@@ -232,33 +232,24 @@ void attn_linear_copy(float *to, int64_t ld_to, const float *from, int64_t ld_fr
     }
 }
 
-/* What a head reads and writes, and how much of the next chunk was asked for. */
-typedef struct stream {
-    const float *q, *k, *v, *decays;
-    float *o;
-    int64_t first, share, shares;
-} stream;
-
-/* Ask for a share of the next chunk while this one is computed: memory would have nothing to do meanwhile. */
-static void prefetch(const attn_linattn *x, int64_t chunk, stream *s)
+/* What the chunk from token `first` on of a head reads and writes. */
+static attn_ahead next_chunk(const attn_linear_work *w, int64_t first, int shares, const float *q, const float *k, const float *v,
+                             const float *decays, const float *o)
 {
-    int64_t low = s->first + chunk * s->share / s->shares, high = attn_min_i64(x->m, s->first + chunk * (s->share + 1) / s->shares);
-    int64_t query = attn_max_i64(0, low - (x->m - x->n)), queries = high - (x->m - x->n) - query;
-    if (s->share++ < s->shares && low < high) {
-        attn_prefetch(s->k + low * x->d, 0, 1, (size_t)((high - low) * x->d) * sizeof *s->k);
-        attn_prefetch(s->v + low * x->dv, 0, 1, (size_t)((high - low) * x->dv) * sizeof *s->v);
-        if (s->decays != NULL) {
-            attn_prefetch(s->decays + low * width_of(x), 0, 1, (size_t)((high - low) * width_of(x)) * sizeof *s->decays);
-        }
-        if (x->causal && queries > 0) {
-            attn_prefetch(s->q + query * x->d, 0, 1, (size_t)(queries * x->d) * sizeof *s->q);
-            attn_prefetch(s->o + query * x->dv, 0, 1, (size_t)(queries * x->dv) * sizeof *s->o);
-        }
-    }
+    const attn_linattn *x = w->x;
+    attn_ahead next = {.shares = shares};
+    int64_t count = attn_min_i64(w->chunk, x->m - first), query = attn_max_i64(0, first - (x->m - x->n));
+    int64_t queries = x->causal ? first + count - (x->m - x->n) - query : 0;
+    attn_ahead_add(&next, k + first * x->d, count * x->d);
+    attn_ahead_add(&next, v + first * x->dv, count * x->dv);
+    attn_ahead_add(&next, q + query * x->d, queries * x->d);
+    attn_ahead_add(&next, o + query * x->dv, queries * x->dv);
+    attn_ahead_add(&next, decays + first * w->width, decays != NULL ? count * w->width : 0);
+    return next;
 }
 
 /* state = total * state + pk^T v, and the sums of features likewise */
-static void advance(attn_linear_work *w, stream *s)
+static void advance(attn_linear_work *w, attn_ahead *next)
 {
     static const float one = 1;
     attn_linear_decay_state(w);
@@ -272,7 +263,7 @@ static void advance(attn_linear_work *w, stream *s)
     }
     for (int64_t f = 0; f < w->width; f += SLICE) {
         int64_t rows = attn_min_i64(SLICE, w->width - f);
-        prefetch(w->x, w->chunk, s);
+        attn_ahead_share(next);
         w->tile->product(rows, w->x->dv, w->count, w->pk + f, 1, w->fp, w->v, w->vp, w->tile->nr, w->state + f * w->vp, w->vp, 1);
     }
 }
@@ -303,7 +294,8 @@ static void forward_head(attn_linear_work *w, int64_t b, int64_t h, int fresh, i
 {
     const attn_linattn *x = w->x;
     int64_t made = 0, shift = x->causal ? x->m - x->n : 0;
-    int64_t shares = (x->causal ? 3 * attn_ceil_div(w->chunk, ATTN_LINEAR_STRIPE) : 0) + attn_ceil_div(w->width, SLICE);
+    const float *decays = x->decays != NULL ? x->decays + (b * x->heads + h) * x->m * w->width : NULL;
+    int shares = (int)((x->causal ? 3 * attn_ceil_div(w->chunk, ATTN_LINEAR_STRIPE) : 0) + attn_ceil_div(w->width, SLICE));
     int64_t queries_before = (b * x->heads + h) * x->n;
     w->in_place = 1;
     if (x->causal && x->n > x->m) {
@@ -314,7 +306,7 @@ static void forward_head(attn_linear_work *w, int64_t b, int64_t h, int fresh, i
     }
     for (int64_t first = 0; first < x->m; first += w->chunk) {
         int64_t count = attn_min_i64(w->chunk, x->m - first);
-        stream next = {q, k, v, x->decays != NULL ? x->decays + (b * x->heads + h) * x->m * w->width : NULL, o, first + w->chunk, 0, shares};
+        attn_ahead next = next_chunk(w, first + w->chunk, shares, q, k, v, decays, o);
         attn_linear_load(w, first, count, x->causal ? q : NULL, k, v, NULL);
         if (made != count || x->log_decay != NULL || x->decays != NULL) {
             attn_linear_decays(w, b, h, first);
@@ -340,12 +332,12 @@ static void forward_head(attn_linear_work *w, int64_t b, int64_t h, int fresh, i
             if (x->decays == NULL) {
                 attn_linear_weights_rows(w, r, 0);
             }
-            prefetch(x, w->chunk, &next);
+            attn_ahead_share(&next);
             w->tile->product(end - low, x->dv, end, w->s + low * w->mp, w->mp, 1, w->v, w->vp, w->tile->nr, to, x->dv, 0);
-            prefetch(x, w->chunk, &next);
+            attn_ahead_share(&next);
             if (read) {
                 w->tile->product(end - low, x->dv, w->width, w->pq + low * w->fp, w->fp, 1, w->state, w->vp, w->tile->nr, to, x->dv, 1);
-                prefetch(x, w->chunk, &next);
+                attn_ahead_share(&next);
             }
             for (int64_t i = low; i < end && x->sums != NULL; i++, query++, to += x->dv) {
                 float sum = w->kernel->sum(w->s + i * w->mp, end) + (read ? w->tile->dot(w->pq + i * w->fp, w->sums, w->width) : 0);
@@ -356,7 +348,7 @@ static void forward_head(attn_linear_work *w, int64_t b, int64_t h, int fresh, i
             advance(w, &next);
         }
         while (next.share < shares) {
-            prefetch(x, w->chunk, &next);
+            attn_ahead_share(&next);
         }
     }
     for (int64_t first = 0; first < x->n && !x->causal; first += w->chunk) {

@@ -46,7 +46,7 @@ typedef struct attn_linattn {
     const float *decays;         /* [batch, heads, m, width]: factor of each feature's row of the state at each token, or NULL */
     const attn_feature_map *map; /* NULL: phi(x) = x */
     const attn_linattn_sums *sums; /* forward, from an empty state, only; else NULL */
-    const attn_row_function *rows; /* forward only: f(q) and f(k) are meant wherever q and k stand here; NULL: they themselves */
+    const attn_row_function *rows; /* forward without a map only: f(q) and f(k) are meant where q and k stand here; NULL: they themselves */
 } attn_linattn;
 
 /* Whether no state is needed and pairs of tokens alone are less work than a map's features: short sequences, then computed by pairs. */

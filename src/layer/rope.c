@@ -1,5 +1,6 @@
 /* Rotary positions. */
 #include "layer/rope.h"
+#include "kernel/rows.h"
 
 #include <math.h>
 
@@ -37,9 +38,10 @@ attn_status attn_rope_table(attn_arena *arena, int64_t first, int64_t count, int
             turns_of((double)rest, dim / 2, frequency, own);
             made[rest] = 1;
         }
-        for (int64_t j = 0; j < dim; j += 2) {
-            (*table)[i * dim + j] = (float)(far[j] * own[j] - far[j + 1] * own[j + 1]);
-            (*table)[i * dim + j + 1] = (float)(far[j] * own[j + 1] + far[j + 1] * own[j]);
+        float *cosine = *table + i * dim, *sine = cosine + dim / 2;
+        for (int64_t j = 0; j < dim / 2; j++) {
+            cosine[j] = (float)(far[2 * j] * own[2 * j] - far[2 * j + 1] * own[2 * j + 1]);
+            sine[j] = (float)(far[2 * j] * own[2 * j + 1] + far[2 * j + 1] * own[2 * j]);
         }
     }
     return ATTN_OK;
@@ -47,11 +49,16 @@ attn_status attn_rope_table(attn_arena *arena, int64_t first, int64_t count, int
 
 void attn_rope_apply(const float *table_row, int64_t dim, int interleaved, int inverse, float *x)
 {
+    const float *cosine = table_row, *sine = table_row + dim / 2;
+    if (!interleaved && !inverse) {
+        ATTN_KERNEL_SELECT(attn_row_kernels_table, attn_isa_current())->rotate(x, dim / 2, cosine, sine);
+        return;
+    }
     for (int64_t j = 0; j < dim / 2; j++) {
         float *a = interleaved ? x + 2 * j : x + j, *b = interleaved ? x + 2 * j + 1 : x + j + dim / 2;
-        float cosine = table_row[2 * j], sine = inverse ? -table_row[2 * j + 1] : table_row[2 * j + 1];
-        float turned = *a * cosine - *b * sine;
-        *b = *b * cosine + *a * sine;
+        float along = cosine[j], across = inverse ? -sine[j] : sine[j];
+        float turned = *a * along - *b * across;
+        *b = *b * along + *a * across;
         *a = turned;
     }
 }

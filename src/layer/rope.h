@@ -4,7 +4,7 @@
 
 #include "core/internal.h"
 
-/* cos and sin of position * base^(-2j/dim), positions first ... first + count - 1: table[count][dim/2][2], from angles in double.
+/* cos and sin of position * base^(-2j/dim), positions first ... first + count - 1: table[count][2][dim/2], from angles in double.
  * dim is even. ATTN_ERR_MEMORY. */
 attn_status attn_rope_table(attn_arena *arena, int64_t first, int64_t count, int64_t dim, double base, float **table);
 

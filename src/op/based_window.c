@@ -16,6 +16,7 @@
 #define WIDEST 512   /* window that is computed in runs */
 #define STRIPE 12    /* queries that share their keys */
 #define PACK 48      /* keys that are rotated and packed together */
+#define SHARES 18    /* of what comes next, asked for while a stripe is computed */
 
 typedef struct window_params {
     int64_t window, rotary_dim;
@@ -109,7 +110,8 @@ typedef struct worker {
     float *values; /* [ld][vp]: its values, unless they are whole vectors as they lie */
     float *rows;   /* [PACK][dp]: keys or queries, rotated */
     float *s;      /* [STRIPE][lds] */
-    float top[STRIPE], sum[STRIPE], alpha[STRIPE];
+    int64_t loaded; /* the position of the first key that is not packed yet */
+    float sum[STRIPE];
 } worker;
 
 static int64_t padded(int64_t count) { return (count + 15) / 16 * 16; }
@@ -140,42 +142,49 @@ static void load_rows(const band *b, worker *w, const float *from, int64_t first
     }
 }
 
-/* Keys low ... high - 1 of a key head; the values, rows of *ld. */
-static const float *load_keys(const band *b, worker *w, int64_t kv, int64_t low, int64_t high, int64_t *ld)
+/* Pack keys of a key head until those before position `end` are there (`high`: where they end). low: the position of the first one. */
+static void load_keys(const band *b, worker *w, int64_t kv, int64_t low, int64_t end, int64_t high)
 {
-    const float *v = b->v + (kv * b->m + low) * b->dv;
-    for (int64_t j = low; j < high; j += PACK) {
-        int64_t count = attn_min_i64(PACK, high - j);
-        load_rows(b, w, b->k + (kv * b->m + j) * b->d, j, count, 1);
+    while (w->loaded < end) {
+        int64_t j = w->loaded, count = attn_min_i64(PACK, high - j), row = kv * b->m + j;
+        load_rows(b, w, b->k + row * b->d, j, count, 1);
         b->kernels->pack_transposed(w->kt + j - low, b->ld, w->rows, ATTN_F32, b->dp, count, b->d);
+        for (int64_t r = 0; r < count && b->vp != b->dv; r++) {
+            memcpy(w->values + (j - low + r) * b->vp, b->v + (row + r) * b->dv, (size_t)b->dv * sizeof *b->v);
+        }
+        w->loaded += count;
     }
-    *ld = b->vp;
-    for (int64_t j = 0; j < high - low && b->vp != b->dv; j++) {
-        memcpy(w->values + j * b->vp, v + j * b->dv, (size_t)b->dv * sizeof *v);
-    }
-    return b->vp == b->dv ? v : w->values;
 }
 
 /* `rows` queries at positions from i on. low: the position of the first packed key. */
-static void attend(const band *b, worker *w, const float *q, int64_t i, int64_t rows, int64_t low, const float *values, int64_t ldv, float *o)
+static void attend(const band *b, worker *w, const float *q, int64_t i, int64_t rows, int64_t low, const float *values, int64_t ldv, float *o,
+                   attn_ahead *ahead)
 {
-    int64_t first = attn_max_i64(low, i - b->window), skipped = (first - low) / 16 * 16, start = low + skipped, keys = i + rows - start;
-    int64_t count = padded(keys);
+    int64_t first = attn_max_i64(low, i - b->window), skipped = first - low, keys = i + rows - first, count = padded(keys);
+    int64_t nr = b->kernels->nr, mr = b->kernels->mr;
     load_rows(b, w, q, i, rows, b->factor);
-    b->kernels->product(rows, count, b->d, w->rows, b->dp, 1, w->kt + skipped, b->ld, b->kernels->nr, w->s, b->lds, 0);
+    for (int64_t j = 0; j < count; j += nr) {
+        b->kernels->product(rows, attn_min_i64(nr, count - j), b->d, w->rows, b->dp, 1, w->kt + skipped + j, b->ld, 0, w->s + j, b->lds, 0);
+        attn_ahead_share(ahead);
+    }
     for (int64_t r = 0; r < rows; r++) {
         float *s = w->s + r * b->lds;
-        for (int64_t c = 0; c < i + r - b->window - start; c++) {
+        for (int64_t c = 0; c < i + r - b->window - first; c++) {
             s[c] = -INFINITY;
         }
-        for (int64_t c = i + r - start + 1; c < count; c++) {
+        for (int64_t c = i + r - first + 1; c < count; c++) {
             s[c] = -INFINITY;
         }
-        w->top[r] = -INFINITY;
+        float top = -INFINITY, alpha;
         w->sum[r] = 0;
+        b->kernels->softmax(1, s, b->lds, count, &top, &w->sum[r], &alpha);
+        attn_ahead_share(ahead);
     }
-    b->kernels->softmax(rows, w->s, b->lds, count, w->top, w->sum, w->alpha);
-    b->kernels->product(rows, b->dv, keys, w->s, b->lds, 1, values + skipped * ldv, ldv, b->kernels->nr, o, b->dv, 0);
+    for (int64_t r = 0; r < rows; r += mr) {
+        b->kernels->product(attn_min_i64(mr, rows - r), b->dv, keys, w->s + r * b->lds, b->lds, 1, values + skipped * ldv, ldv, nr, o + r * b->dv,
+                            b->dv, 0);
+        attn_ahead_share(ahead);
+    }
     for (int64_t r = 0; r < rows; r++) {
         b->kernels->scale(o + r * b->dv, b->dv, 1 / w->sum[r]);
     }
@@ -183,16 +192,27 @@ static void attend(const band *b, worker *w, const float *q, int64_t i, int64_t 
 
 static void attend_run(const band *b, worker *w, int64_t kv, int64_t run)
 {
-    int64_t shift = b->m - b->n, group = b->heads / b->kv_heads, ldv = 0;
+    int64_t shift = b->m - b->n, group = b->heads / b->kv_heads;
     int64_t top = run * RUN, end = attn_min_i64(b->n, top + RUN);           /* queries, of which */
     int64_t blind = attn_min_i64(end, attn_max_i64(top, -shift));           /* those from here on see a key */
     int64_t low = attn_max_i64(0, blind + shift - b->window);
-    const float *values = blind < end ? load_keys(b, w, kv, low, end + shift, &ldv) : NULL;
+    int in_place = b->vp == b->dv;
+    const float *k = b->k + kv * b->m * b->d, *v = b->v + kv * b->m * b->dv, *values = in_place ? v + low * b->dv : w->values;
+    w->loaded = low;
     for (int64_t h = kv * group; h < (kv + 1) * group; h++) { /* query heads of a key head are consecutive, across the batch too */
+        const float *q = b->q + h * b->n * b->d;
         float *o = b->o + h * b->n * b->dv;
         memset(o + top * b->dv, 0, (size_t)((blind - top) * b->dv) * sizeof *o);
         for (int64_t r = blind; r < end; r += STRIPE) {
-            attend(b, w, b->q + (h * b->n + r) * b->d, r + shift, attn_min_i64(STRIPE, end - r), low, values, ldv, o + r * b->dv);
+            int64_t rows = attn_min_i64(STRIPE, end - r), seen = r + shift + rows;
+            load_keys(b, w, kv, low, seen, end + shift);
+            int64_t next = attn_min_i64(STRIPE, end - r - rows), keys = h > kv * group ? 0 : attn_min_i64(STRIPE, end + shift - seen - PACK);
+            attn_ahead ahead = {.shares = SHARES};
+            attn_ahead_add(&ahead, q + (r + rows) * b->d, next * b->d);
+            attn_ahead_add(&ahead, o + (r + rows) * b->dv, next * b->dv);
+            attn_ahead_add(&ahead, k + (seen + PACK) * b->d, keys * b->d);
+            attn_ahead_add(&ahead, v + (seen + PACK) * b->dv, keys * b->dv);
+            attend(b, w, q + r * b->d, r + shift, rows, low, values, in_place ? b->dv : b->vp, o + r * b->dv, &ahead);
         }
     }
 }

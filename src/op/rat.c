@@ -40,11 +40,12 @@ attn_status rat_core_open(attn_call *call, rat_core *x)
     ATTN_TRY(attn_take_f32(call, turns * 3 * half, &x->table));
     attn_arena_mark mark = attn_arena_get_mark(call->arena);
     ATTN_TRY(attn_rope_table(call->arena, given, turns, x->rotary_dim, x->base, &pairs));
-    for (int64_t i = 0; i < turns * half; i++) {
-        float *to = x->table + i / attn_max_i64(1, half) * 3 * half + i % attn_max_i64(1, half);
-        to[0] = pairs[2 * i];
-        to[half] = pairs[2 * i + 1];
-        to[2 * half] = -pairs[2 * i + 1];
+    for (int64_t t = 0; t < turns; t++) {
+        float *to = x->table + t * 3 * half;
+        memcpy(to, pairs + t * 2 * half, (size_t)(2 * half) * sizeof *to);
+        for (int64_t j = 0; j < half; j++) {
+            to[2 * half + j] = -to[half + j];
+        }
     }
     attn_arena_release(call->arena, mark);
     memset(x->k_last, 0, bytes);
