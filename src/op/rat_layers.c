@@ -356,6 +356,25 @@ static attn_status mixer_forward(attn_call *call, const shape *s, int is_rat, co
     return ATTN_OK;
 }
 
+/* to [columns], unless NULL, += sums over rows, ld apart; a line of columns at a time, row by row. */
+static void add_columns(int threads, int64_t rows, int64_t columns, const float *from, int64_t ld, float *to)
+{
+    enum { LINE = 16 };
+#pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
+    for (int64_t first = 0; first < (to != NULL ? columns : 0); first += LINE) {
+        int64_t count = attn_min_i64(LINE, columns - first);
+        double sums[LINE] = {0};
+        for (int64_t r = 0; r < rows; r++) {
+            for (int64_t i = 0; i < count; i++) {
+                sums[i] += (double)from[r * ld + first + i];
+            }
+        }
+        for (int64_t i = 0; i < count; i++) {
+            to[first + i] += (float)sums[i];
+        }
+    }
+}
+
 /* grad_x is overwritten. */
 static attn_status mixer_backward(attn_call *call, const shape *s, int is_rat, const weights *w, const float *x, const float *grad_o,
                                   float *grad_x, const weight_gradients *to)
@@ -376,10 +395,14 @@ static attn_status mixer_backward(attn_call *call, const shape *s, int is_rat, c
         float *a = f.m; /* the attention by token; m itself is done with */
         move_heads(call->threads, s->batch, s->n, s->heads, d, a, c, 0, f.a, 1);
 #pragma omp parallel for schedule(static) num_threads(call->threads) if (call->threads > 1)
-        for (int64_t i = 0; i < size; i++) {
-            double z = (double)f.proj[i / c * f.columns + i % c];
-            proj[i / c * f.columns + i % c] = (float)((double)dm[i] * (double)a[i] * z * (1 - z));
-            dm[i] = (float)((double)dm[i] * z);
+        for (int64_t t = 0; t < tokens; t++) {
+            const float *z = f.proj + t * f.columns, *at = a + t * c;
+            float *to_z = proj + t * f.columns, *by = dm + t * c;
+            for (int64_t i = 0; i < c; i++) {
+                float out = by[i] * z[i];
+                to_z[i] = out * at[i] * (1 - z[i]);
+                by[i] = out;
+            }
         }
         move_heads(call->threads, s->batch, s->n, s->heads, d, dm, c, 0, da, 0);
         memset(dq, 0, (size_t)size * sizeof(float));
@@ -394,14 +417,7 @@ static attn_status mixer_backward(attn_call *call, const shape *s, int is_rat, c
         move_heads(call->threads, s->batch, s->n, s->heads, d, proj, f.columns, 2 * c, dg, 1);
         move_heads(call->threads, s->batch, s->n, s->groups, d, proj, f.columns, 3 * c, dq, 1);
         move_heads(call->threads, s->batch, s->n, s->groups, d, proj, f.columns, 3 * c + s->groups * d, dk, 1);
-#pragma omp parallel for schedule(static) num_threads(call->threads) if (call->threads > 1)
-        for (int64_t i = 0; i < (to->bias != NULL ? c : 0); i++) {
-            double sum = 0;
-            for (int64_t t = 0; t < tokens; t++) {
-                sum += (double)proj[t * f.columns + 2 * c + i];
-            }
-            to->bias[i] += (float)sum;
-        }
+        add_columns(call->threads, tokens, c, proj + 2 * c, f.columns, to->bias);
     } else {
         move_heads(call->threads, s->batch, s->n, s->heads, d, dm, c, 0, da, 0);
         ATTN_TRY(local_backward(call, &f.local, da, dq, dk, dv));
