@@ -440,11 +440,11 @@ static attn_status run_tiled(topk *t, attn_arena *arena, int threads)
     ATTN_TRY(workers_create(t, &workers, t->rows, threads, arena));
     ATTN_TRY(pack(t, workers, t->o != NULL, threads, arena));
     int64_t units = p->batch * (p->heads / t->stack), chunks = attn_ceil_div(p->n, t->queries);
-    /* Late chunks first: under causality they are the long ones. */
+    /* Head by head, so that its keys and values stay in the caches; late chunks first: under causality they are the long ones. */
 #pragma omp parallel for schedule(dynamic, 1) num_threads(threads)
     for (int64_t i = 0; i < units * chunks; i++) {
-        int64_t unit = i % units, per = p->heads / t->stack;
-        run_rows(t, &workers[omp_get_thread_num()], unit / per, unit % per * t->stack, (chunks - 1 - i / units) * t->queries);
+        int64_t unit = i / chunks, per = p->heads / t->stack;
+        run_rows(t, &workers[omp_get_thread_num()], unit / per, unit % per * t->stack, (chunks - 1 - i % chunks) * t->queries);
     }
     return ATTN_OK;
 }
