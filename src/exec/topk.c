@@ -15,7 +15,7 @@
 #define STRIP 393216         /* scores that a task holds, about */
 #define MOST_ROWS 48         /* rows of a task where keys are few */
 #define VALUES_STEP 512      /* keys of a step of the product with values, so that they are in cache for all rows */
-#define GATHER_COST 8        /* how much more a listed value costs than one of a whole product */
+#define GATHER_COST 3        /* how much more a listed value costs than one of a whole product */
 #define SAMPLE 512           /* scores that the first guess is made of, in runs of 4 */
 #define DECODE_PART 1024     /* keys of a task when there are few rows */
 #define DECODE_SCORES 16777216 /* scores held at a time then */
@@ -26,7 +26,7 @@ typedef struct topk {
     const attn_select_kernels *select;
     int64_t top_k, stack; /* stack: query heads of a list */
     int shared;
-    int64_t *indices; /* NULL with attn_topk_blocks */
+    int64_t *indices; /* NULL: not wanted */
     const attn_tensor *o, *lse;
     int64_t rows, queries, ld; /* rows and queries of a task; distance of two rows of scores */
     float *k, *v;              /* packed [B*Hkv][m_pad * D] and [B*Hkv][M][dv_pad]; NULL: read as they lie */
@@ -308,12 +308,8 @@ static void run_list(const topk *t, worker *w, const list *g, int64_t row, int w
 {
     const dense_problem *p = t->p;
     int64_t kept = choose(t, w, g), lists = p->heads / t->stack;
-    int64_t *to = t->indices + ((g->b * lists + g->h0 / t->stack) * p->n + g->n) * t->top_k;
-    for (int64_t i = 0; i < kept; i++) {
-        to[i] = w->at[i];
-    }
-    for (int64_t i = kept; i < t->top_k; i++) {
-        to[i] = -1;
+    for (int64_t i = 0; i < (t->indices != NULL ? t->top_k : 0); i++) {
+        t->indices[((g->b * lists + g->h0 / t->stack) * p->n + g->n) * t->top_k + i] = i < kept ? w->at[i] : -1;
     }
     int64_t kv = g->h0 / p->group;
     for (int64_t i = 0; i < t->stack && t->o != NULL; i++) {

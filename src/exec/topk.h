@@ -12,7 +12,7 @@ typedef struct attn_topk_settings {
     double scale;
 } attn_topk_settings;
 
-/* indices [B][H, or Hkv with share_group][N][top_k]: kept key positions, ascending, -1 in unused slots; ties go to the lower position, and
+/* indices [B][H, or Hkv with share_group][N][top_k] or NULL: kept key positions, ascending, -1 in unused slots; ties go to the lower position, and
  * scores that float32 cannot tell apart are computed again in double. o NULL: the choice only. */
 attn_status attn_topk_forward(const attn_topk_settings *settings, const attn_dense_inputs *inputs, int64_t *indices, const attn_tensor *o,
                               const attn_tensor *lse, const attn_exec *exec);

@@ -378,8 +378,9 @@ static int direct(const attn_port_info *port, const attn_tensor *tensor)
            (tensor->dtype == compute_type(port->type) && attn_tensor_is_contiguous(tensor));
 }
 
-/* Outputs: the caller's where they fit, scratch elsewhere. given[port]: index into `out`, -1 for none. */
-static attn_status prepare_outputs(attn_call *call, const attn_named_tensor *out, int out_count, int given[])
+/* Outputs: the caller's where they fit, scratch elsewhere. given[port]: index into `out`, -1 for none. optional: flags of outputs that are
+ * left out when they are not given. */
+static attn_status prepare_outputs(attn_call *call, const attn_named_tensor *out, int out_count, unsigned optional, int given[])
 {
     const attn_op_info *info = &call->cls->info;
     for (int i = 0; i < info->port_count; i++) {
@@ -399,7 +400,7 @@ static attn_status prepare_outputs(attn_call *call, const attn_named_tensor *out
     for (int i = 0; i < info->port_count; i++) {
         const attn_port_info *port = &info->ports[i];
         if (port->direction != ATTN_PORT_OUT || call->dropped[i] ||
-            ((port->flags & ATTN_PORT_ON_REQUEST) != 0 && given[i] < 0)) {
+            ((port->flags & optional) != 0 && given[i] < 0)) {
             continue;
         }
         attn_tensor want;
@@ -463,7 +464,7 @@ static attn_status forward(attn_call *call, const attn_named_tensor *in, int in_
     int given[ATTN_MAX_PORTS];
     ATTN_TRY(bind_inputs(call, in, in_count, 1));
     ATTN_TRY(convert_inputs(call));
-    ATTN_TRY(prepare_outputs(call, out, out_count, given));
+    ATTN_TRY(prepare_outputs(call, out, out_count, ATTN_PORT_ON_REQUEST | ATTN_PORT_FOR_BACKWARD, given));
     ATTN_TRY(run(call, call->cls->forward));
     return return_outputs(call, out, given);
 }
@@ -489,7 +490,7 @@ static attn_status saved_outputs(attn_call *call, const attn_named_tensor *out, 
     int given[ATTN_MAX_PORTS];
     attn_tensor saved[ATTN_MAX_PORTS];
     int missing = 0;
-    ATTN_TRY(prepare_outputs(call, NULL, 0, given));
+    ATTN_TRY(prepare_outputs(call, NULL, 0, ATTN_PORT_ON_REQUEST, given));
     for (int i = 0; i < out_count; i++) {
         int port = find_port(info, ATTN_PORT_OUT, out[i].name);
         if (port < 0) {

@@ -40,7 +40,7 @@ enum { Q, K, V, O, LSE, SELECTION };
 
 static const attn_port_info ports[] = {
     QKV_PORTS,
-    ATTN_OUT("indices", "B,lists,N,kept", INT, 0,
+    ATTN_OUT("indices", "B,lists,N,kept", INT, ATTN_PORT_FOR_BACKWARD,
              "kept key positions, ascending, -1 in unused slots; one list per query head, or per key/value head with share_group"),
 };
 
