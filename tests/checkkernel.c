@@ -383,6 +383,30 @@ static void check_scan(void)
         s->scan(&x);
         same("scan", o, o2, size, 1e-5);
         same("scan's state", h, h2, states * channels, 1e-5);
+        int64_t width = states * channels, rows = n * channels;
+        attn_scan_back b = {.n = n, .channels = channels, .states = states, .v = x.v, .grad_o = floats(size, 1), .ld = ld, .ld_o = ld,
+                            .gain = floats(rows, 1), .keep = floats(n * width, 0.9), .rate = draw(0, 1) ? floats(width, 1) : NULL,
+                            .b = floats(n * states, 1), .c = floats(n * states, 1), .ld_b = states, .ld_c = draw(0, 1) * states,
+                            .skip = x.skip, .h = floats((n + 1) * width, 1), .g = floats(width, 1),
+                            .sums = floats(2 * ATTN_SCAN_LANES * states, 1), .grad_v = floats(rows, 1), .grad_gain = floats(rows, 1),
+                            .grad_b = floats(n * states, 1), .grad_c = floats(n * states, 1), .grad_rate = floats(width, 1),
+                            .grad_skip = floats(channels, 1)};
+        attn_scan_back b2 = b;
+        b2.keep = copy(b.keep, n * width), b2.h = copy(b.h, (n + 1) * width), b2.g = copy(b.g, width);
+        b2.grad_v = floats(rows, 1), b2.grad_gain = floats(rows, 1), b2.grad_b = floats(n * states, 1), b2.grad_c = floats(n * states, 1);
+        b2.grad_rate = copy(b.grad_rate, width), b2.grad_skip = copy(b.grad_skip, channels);
+        k->states(&b), s->states(&b2);
+        same("scan's states", b.h, b2.h, (n + 1) * width, 1e-5);
+        k->back(&b), s->back(&b2);
+        const char *names[] = {"keep", "g", "v", "gain", "b", "c", "rate", "skip"};
+        float *got[] = {b.keep, b.g, b.grad_v, b.grad_gain, b.grad_b, b.grad_c, b.grad_rate, b.grad_skip};
+        float *want[] = {b2.keep, b2.g, b2.grad_v, b2.grad_gain, b2.grad_b, b2.grad_c, b2.grad_rate, b2.grad_skip};
+        int64_t counts[] = {n * width, width, rows, rows, n * states, n * states, width, channels};
+        for (int j = 0; j < 8; j++) {
+            char what[32];
+            snprintf(what, sizeof what, "scan back, %s", names[j]);
+            same(what, got[j], want[j], counts[j], 1e-5);
+        }
         float *before = draw(0, 1) ? floats(channels, 1) : NULL, *g = floats(size, 1);
         k->average(n, channels, ld, x.v, g, before, o), s->average(n, channels, ld, x.v, g, before, o2);
         same("average", o, o2, size, 1e-5);

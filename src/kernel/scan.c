@@ -59,6 +59,74 @@ static void scan(const attn_scan *x)
     }
 }
 
+static void states(const attn_scan_back *x)
+{
+    int64_t size = x->states * x->channels;
+    for (int64_t t = 0; t < x->n; t++) {
+        for (int64_t c = 0; c < x->channels; c += VW) {
+            int lanes = x->channels - c < VW ? (int)(x->channels - c) : VW;
+            vf in = v_mul(part(x->gain + t * x->channels + c, lanes), part(x->v + t * x->ld + c, lanes));
+            for (int64_t s = 0; s < x->states; s++) {
+                int64_t at = t * size + s * x->channels + c;
+                vf more = v_mul(in, v_set1(x->b[t * x->ld_b + s]));
+                put(x->h + at + size, v_fma(part(x->keep + at, lanes), part(x->h + at, lanes), more), lanes);
+            }
+        }
+    }
+}
+
+/* x by value, as above. Sums over channels: lane by lane first. */
+VINLINE void back_lanes(const attn_scan_back x, int64_t t, int64_t c, int lanes, int by_rate)
+{
+    int64_t size = x.states * x.channels, row = t * x.channels + c;
+    vf out = part(x.grad_o + t * x.ld_o + c, lanes), value = part(x.v + t * x.ld + c, lanes), by = part(x.gain + row, lanes);
+    vf in = v_mul(by, value), inner = v_zero(), rates = v_zero();
+    vf skip = x.skip != NULL ? part(x.skip + c, lanes) : v_zero();
+    const float *b = x.b + t * x.ld_b, *read = x.c + t * x.ld_c;
+    for (int64_t s = 0; s < x.states; s++) {
+        int64_t own = s * x.channels + c, at = t * size + own;
+        float *sum = x.sums + s * VW, *other = sum + x.states * VW;
+        vf keep = part(x.keep + at, lanes), grad = v_fma(out, v_set1(read[s]), part(x.g + own, lanes)), slope = v_mul(grad, part(x.h + at, lanes));
+        v_store(sum, v_fma(grad, in, v_load(sum)));
+        v_store(other, v_fma(out, part(x.h + at + size, lanes), v_load(other)));
+        inner = v_fma(grad, v_set1(b[s]), inner);
+        if (by_rate) {
+            slope = v_mul(slope, keep);
+            rates = v_fma(slope, part(x.rate + own, lanes), rates);
+            put(x.grad_rate + own, v_fma(slope, by, part(x.grad_rate + own, lanes)), lanes);
+        } else {
+            put(x.keep + at, slope, lanes);
+        }
+        put(x.g + own, v_mul(keep, grad), lanes);
+    }
+    put(x.grad_v + row, v_fma(by, inner, v_mul(skip, out)), lanes);
+    put(x.grad_gain + row, v_fma(value, inner, v_mul(rates, v_set1(0.693147180559945f))), lanes);
+    put(x.grad_skip + c, v_fma(out, value, part(x.grad_skip + c, lanes)), lanes);
+}
+
+static void back(const attn_scan_back *x)
+{
+    for (int64_t t = x->n - 1; t >= 0; t--) {
+        for (int64_t s = 0; s < 2 * x->states; s++) {
+            v_store(x->sums + s * VW, v_zero());
+        }
+        for (int64_t c = 0; c < x->channels; c += VW) {
+            int lanes = x->channels - c < VW ? (int)(x->channels - c) : VW;
+            if (x->rate == NULL) {
+                back_lanes(*x, t, c, lanes, 0);
+            } else if (lanes == VW) {
+                back_lanes(*x, t, c, VW, 1);
+            } else {
+                back_lanes(*x, t, c, lanes, 1);
+            }
+        }
+        for (int64_t s = 0; s < x->states; s++) {
+            x->grad_b[t * x->states + s] = v_sum(v_load(x->sums + s * VW));
+            x->grad_c[t * x->states + s] = v_sum(v_load(x->sums + (x->states + s) * VW));
+        }
+    }
+}
+
 VINLINE void average_lanes(int count, int lanes, int64_t n, int64_t ld, const float *x, const float *g, const float *before, float *out)
 {
     vf last[PAIR], one = v_set1(1.0f);
@@ -109,4 +177,4 @@ static void average_back(int64_t n, int64_t channels, const float *x, const floa
     }
 }
 
-const attn_scan_kernels ATTN_K(attn_scan_kernels_table) = {.scan = scan, .average = average, .average_back = average_back};
+const attn_scan_kernels ATTN_K(attn_scan_kernels_table) = {.scan = scan, .states = states, .back = back, .average = average, .average_back = average_back};

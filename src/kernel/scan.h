@@ -17,8 +17,30 @@ typedef struct attn_scan {
     float *o;
 } attn_scan;
 
+/* Gradients of h[s] = keep[s] h[s] + gain v b[s], o = sum over s of h[s] c[s] + skip v. */
+typedef struct attn_scan_back {
+    int64_t n, channels, states;
+    const float *v, *grad_o; /* rows of channels, ld and ld_o apart */
+    int64_t ld, ld_o;
+    const float *gain;       /* [n][channels] */
+    float *keep;             /* [n][states][channels]; overwritten by its gradients unless it is 2^(gain rate) */
+    const float *rate;       /* [states][channels] or NULL */
+    const float *b, *c;      /* rows of states, ld_b and ld_c apart */
+    int64_t ld_b, ld_c;
+    const float *skip;       /* [channels] or NULL */
+    float *h;                /* [n + 1][states][channels]: the state before, and after each token */
+    float *g;                /* [states][channels]: the gradient of the last state, then of the first */
+    float *sums;             /* scratch, [2][states][ATTN_SCAN_LANES] */
+    float *grad_v, *grad_gain; /* [n][channels], overwritten */
+    float *grad_b, *grad_c;    /* [n][states], overwritten */
+    float *grad_rate, *grad_skip; /* [states][channels], by log(keep) / gain, and [channels]; added to */
+} attn_scan_back;
+#define ATTN_SCAN_LANES 16
+
 typedef struct attn_scan_kernels {
     void (*scan)(const attn_scan *x);
+    void (*states)(const attn_scan_back *x); /* h after each token */
+    void (*back)(const attn_scan_back *x);   /* after that, the gradients */
     /* out[t] = g[t] out[t-1] + (1 - g[t]) x[t], rows of `channels` numbers, ld apart; before: the row before the first one, NULL: 0. */
     void (*average)(int64_t n, int64_t channels, int64_t ld, const float *x, const float *g, const float *before, float *out);
     /* Its backward: a[t] += g[t+1] a[t+1] from the last token on, then grad_x[t] = (1 - g[t]) a[t] and grad_g[t] (add: +=)

@@ -6,6 +6,7 @@
 
 #include "exec/linear.h"
 #include "exec/softmax.h"
+#include "kernel/linear.h"
 #include "kernel/scan.h"
 #include "kernel/tile.h"
 
@@ -185,96 +186,167 @@ attn_status dsf_scan_forward(attn_call *call, const dsf_scan *x, float *o, float
     return ATTN_OK;
 }
 
-/* Sums over channels are kept per task and added in order afterwards. */
+/* Sums over channels, of a task: they are added in order afterwards. */
 typedef struct part {
     float *b, *c;     /* [n][states] */
     float *lam;       /* [n][states or 1], when lam is shared by the channels */
     float *gain;      /* [n], when gain is */
-    float *kept, *h;  /* [spans][channels][states], [SPAN + 1][channels][states] */
-    float *g;         /* [channels][states] */
 } part;
 
-static void back_task(const dsf_scan *x, const dsf_gradients *d, int64_t sequence, int64_t low, int64_t high, const part *p)
+/* A thread's memory of one span, channels last. */
+typedef struct span {
+    float *kept;                         /* [spans][states][channels]: the state before each */
+    float *h, *keep, *g, *rate, *grad_rate; /* see kernel/scan.h */
+    float *gain, *grad_v, *grad_gain, *grad_skip, *sums;
+    float *ones, *zeros;                 /* [states], [channels] */
+} span;
+
+static int64_t span_floats(const dsf_scan *x)
 {
-    int64_t width = (high - low) * x->states, spans = attn_ceil_div(x->n, SPAN), deep = x->lam_deep ? x->states : 1;
-    start_state(x, sequence, low, high, p->kept);
-    for (int64_t span = 0; span + 1 < spans; span++) {
-        float *next = p->kept + (span + 1) * width;
-        memcpy(next, p->kept + span * width, (size_t)width * sizeof(float));
-        for (int64_t t = span * SPAN; t < (span + 1) * SPAN; t++) {
-            step(x, sequence * x->n + t, low, high, next, next);
+    int64_t channels = attn_min_i64(CHANNELS, x->channels), width = channels * x->states;
+    return (attn_ceil_div(x->n, SPAN) + 2 * SPAN + 4) * width + (3 * SPAN + 2) * channels + (2 * ATTN_SCAN_LANES + 1) * x->states;
+}
+
+static span span_of(const dsf_scan *x, float *memory)
+{
+    int64_t channels = attn_min_i64(CHANNELS, x->channels), width = channels * x->states;
+    span y = {.kept = memory};
+    y.h = y.kept + attn_ceil_div(x->n, SPAN) * width;
+    y.keep = y.h + (SPAN + 1) * width;
+    y.g = y.keep + SPAN * width;
+    y.rate = y.g + width;
+    y.grad_rate = y.rate + width;
+    y.gain = y.grad_rate + width;
+    y.grad_v = y.gain + SPAN * channels;
+    y.grad_gain = y.grad_v + SPAN * channels;
+    y.grad_skip = y.grad_gain + SPAN * channels;
+    y.zeros = y.grad_skip + channels;
+    y.sums = y.zeros + channels;
+    y.ones = y.sums + 2 * ATTN_SCAN_LANES * x->states;
+    memset(y.zeros, 0, (size_t)channels * sizeof *y.zeros);
+    for (int64_t s = 0; s < x->states; s++) {
+        y.ones[s] = 1;
+    }
+    return y;
+}
+
+/* Decays and states of tokens begin ... end - 1; y->h starts with the state before them. */
+static attn_scan_back make_states(const dsf_scan *x, const dsf_gradients *d, int64_t sequence, int64_t low, int64_t high, const span *y,
+                                  int64_t begin, int64_t end)
+{
+    int64_t count = high - low, first = sequence * x->n + begin, rows = end - begin, at = first * x->channels + low;
+    for (int64_t i = 0; i < rows * count; i++) {
+        y->gain[i] = gain_at(x, first + i / count, low + i % count);
+    }
+    for (int64_t i = 0; i < rows * x->states; i++) {
+        float *keep = y->keep + i * count;
+        int64_t row = i / x->states, s = i % x->states;
+        if (x->log_rate != NULL) {
+            attn_linear_kernels_get()->multiply(keep, y->gain + row * count, y->rate + s * count, count);
+            continue;
+        }
+        for (int64_t c = 0; c < count; c++) {
+            keep[c] = x->lam[lam_index(x, first + row, low + c, s)];
         }
     }
-    for (int64_t i = 0; i < width; i++) {
-        p->g[i] = d->h_last != NULL ? d->h_last[(sequence * x->channels + low) * x->states + i] : 0.0f;
+    if (x->log_rate != NULL) {
+        attn_tile_kernels_get()->exp2_row(y->keep, rows * x->states * count, 0);
     }
-    for (int64_t span = spans - 1; span >= 0; span--) {
-        int64_t begin = span * SPAN, end = attn_min_i64(x->n, begin + SPAN);
-        memcpy(p->h, p->kept + span * width, (size_t)width * sizeof(float));
-        for (int64_t t = begin; t < end; t++) {
-            step(x, sequence * x->n + t, low, high, p->h + (t - begin) * width, p->h + (t - begin + 1) * width);
-        }
-        for (int64_t t = end - 1; t >= begin; t--) {
-            int64_t row = sequence * x->n + t;
-            const float *before = p->h + (t - begin) * width, *now = before + width;
-            for (int64_t c = low; c < high; c++) {
-                int64_t at = row * x->channels + c, set = sequence % x->skip_sets * x->channels + c;
-                double out = d->o != NULL ? (double)d->o[at] : 0, v = (double)x->v[at], gain = (double)gain_at(x, row, c), inner = 0, rate = 0;
-                for (int64_t s = 0; s < x->states; s++) {
-                    int64_t i = (c - low) * x->states + s;
-                    double b = x->b != NULL ? (double)x->b[row * x->states + s] : 1, lam = (double)lam_at(x, row, c, s);
-                    double g = (double)p->g[i] + out * (x->c != NULL ? (double)x->c[row * x->states + s] : 1);
-                    double slope = g * (double)before[i];
-                    p->c[t * x->states + s] += (float)(out * (double)now[i]);
-                    p->b[t * x->states + s] += (float)(g * gain * v);
-                    inner += g * b;
-                    if (x->log_rate != NULL) {
-                        double log_rate = (double)x->log_rate[c * x->states + s];
-                        rate += slope * lam * log_rate;
-                        if (d->log_rate != NULL) { /* one array per sequence, see the caller */
-                            d->log_rate[(sequence * x->channels + c) * x->states + s] += (float)(slope * lam * gain);
-                        }
-                    } else if (!x->lam_wide) {
-                        p->lam[t * deep + (x->lam_deep ? s : 0)] += (float)slope;
-                    } else if (d->lam != NULL) {
-                        d->lam[lam_index(x, row, c, s)] += (float)slope;
-                    }
-                    p->g[i] = (float)(lam * g);
-                }
-                if (d->v != NULL) {
-                    d->v[at] += (float)(gain * inner + (x->skip != NULL ? (double)x->skip[set] * out : 0));
-                }
-                if (!x->gain_wide) {
-                    p->gain[t] += (float)(v * inner + rate);
-                } else if (d->gain != NULL) {
-                    d->gain[at] += (float)(v * inner + rate);
-                }
-                if (d->skip != NULL) {
-                    d->skip[sequence * x->channels + c] += (float)(out * v);
-                }
-            }
-        }
-    }
-    for (int64_t i = 0; i < width && d->h0 != NULL; i++) {
-        d->h0[(sequence * x->channels + low) * x->states + i] += p->g[i];
-    }
+    attn_scan_back scan = {.n = rows, .channels = count, .states = x->states, .v = x->v + at, .ld = x->channels, .gain = y->gain,
+                           .keep = y->keep, .rate = x->log_rate != NULL ? y->rate : NULL,
+                           .grad_o = d->o != NULL ? d->o + at : y->zeros, .ld_o = d->o != NULL ? x->channels : 0,
+                           .b = x->b != NULL ? x->b + first * x->states : y->ones, .ld_b = x->b != NULL ? x->states : 0,
+                           .c = x->c != NULL ? x->c + first * x->states : y->ones, .ld_c = x->c != NULL ? x->states : 0,
+                           .skip = x->skip != NULL ? x->skip + sequence % x->skip_sets * x->channels + low : NULL, .h = y->h, .g = y->g,
+                           .sums = y->sums, .grad_v = y->grad_v, .grad_gain = y->grad_gain, .grad_rate = y->grad_rate, .grad_skip = y->grad_skip};
+    attn_scan_kernels_get()->states(&scan);
+    return scan;
 }
 
 static void add(float *to, const float *from, int64_t count)
 {
-    for (int64_t i = 0; i < count && to != NULL; i++) {
-        to[i] += from[i];
+    if (to != NULL) {
+        attn_tile_kernels_get()->axpy(to, from, count, 1);
     }
+}
+
+/* Gradients of a span's tokens, from `row` on, to where they belong. */
+static void pass_on(const dsf_scan *x, const dsf_gradients *d, const part *p, const attn_scan_back *from, int64_t row, int64_t low)
+{
+    float (*sum)(const float *, int64_t) = attn_linear_kernels_get()->sum;
+    int64_t count = from->channels, first = row % x->n, deep = x->lam_deep ? x->states : 1;
+    for (int64_t t = 0; t < from->n; t++) {
+        int64_t at = (row + t) * x->channels + low;
+        add(d->v != NULL ? d->v + at : NULL, from->grad_v + t * count, count);
+        if (x->gain_wide) {
+            add(d->gain != NULL ? d->gain + at : NULL, from->grad_gain + t * count, count);
+        } else {
+            p->gain[first + t] += sum(from->grad_gain + t * count, count);
+        }
+        for (int64_t s = 0; s < (x->log_rate == NULL ? x->states : 0); s++) {
+            const float *slope = from->keep + (t * x->states + s) * count;
+            if (!x->lam_wide) {
+                p->lam[(first + t) * deep + (x->lam_deep ? s : 0)] += sum(slope, count);
+            }
+            for (int64_t c = 0; c < (x->lam_wide && d->lam != NULL ? count : 0); c++) {
+                d->lam[lam_index(x, row + t, low + c, s)] += slope[c];
+            }
+        }
+    }
+}
+
+/* to [rows][columns] += from [columns][rows] */
+static void add_transposed(float *to, const float *from, int64_t rows, int64_t columns)
+{
+    for (int64_t i = 0; i < rows * columns && to != NULL; i++) {
+        to[i] += from[i % columns * rows + i / columns];
+    }
+}
+
+static void back_task(const dsf_scan *x, const dsf_gradients *d, int64_t sequence, int64_t low, int64_t high, const part *p, const span *y)
+{
+    int64_t count = high - low, width = count * x->states, spans = attn_ceil_div(x->n, SPAN), own = (sequence * x->channels + low) * x->states;
+    size_t bytes = (size_t)width * sizeof(float);
+    memset(y->kept, 0, spans > 0 ? bytes : 0);
+    memset(y->g, 0, bytes);
+    memset(y->grad_rate, 0, bytes);
+    memset(y->grad_skip, 0, (size_t)count * sizeof(float));
+    if (x->h0 != NULL && spans > 0) {
+        transpose(y->kept, x->h0 + own, count, x->states);
+    }
+    if (d->h_last != NULL) {
+        transpose(y->g, d->h_last + own, count, x->states);
+    }
+    if (x->log_rate != NULL) {
+        transpose(y->rate, x->log_rate + low * x->states, count, x->states);
+        attn_tile_kernels_get()->scale(y->rate, width, (float)ATTN_LOG2E);
+    }
+    for (int64_t i = 0; i + 1 < spans; i++) {
+        memcpy(y->h, y->kept + i * width, bytes);
+        make_states(x, d, sequence, low, high, y, i * SPAN, (i + 1) * SPAN);
+        memcpy(y->kept + (i + 1) * width, y->h + SPAN * width, bytes);
+    }
+    for (int64_t i = spans - 1; i >= 0; i--) {
+        int64_t begin = i * SPAN;
+        memcpy(y->h, y->kept + i * width, bytes);
+        attn_scan_back scan = make_states(x, d, sequence, low, high, y, begin, attn_min_i64(x->n, begin + SPAN));
+        scan.grad_b = p->b + begin * x->states;
+        scan.grad_c = p->c + begin * x->states;
+        attn_scan_kernels_get()->back(&scan);
+        pass_on(x, d, p, &scan, sequence * x->n + begin, low);
+    }
+    add(d->skip != NULL ? d->skip + sequence * x->channels + low : NULL, y->grad_skip, count);
+    add_transposed(d->log_rate != NULL ? d->log_rate + own : NULL, y->grad_rate, count, x->states);
+    add_transposed(d->h0 != NULL ? d->h0 + own : NULL, y->g, count, x->states);
 }
 
 attn_status dsf_scan_backward(attn_call *call, const dsf_scan *x, const dsf_gradients *gradients)
 {
     int64_t blocks = attn_ceil_div(x->channels, CHANNELS), tasks = x->sequences * blocks, deep = x->lam_deep ? x->states : 1;
-    int64_t width = attn_min_i64(CHANNELS, x->channels) * x->states, spans = attn_ceil_div(x->n, SPAN);
-    int64_t sums = x->n * (2 * x->states + deep + 1), each = sums + (spans + 1 + SPAN + 2) * width;
+    int64_t each = x->n * (2 * x->states + deep + 1), room = span_floats(x);
     attn_status status = ATTN_OK;
     dsf_gradients d = *gradients;
-    float *memory = dsf_floats(call, tasks * each, &status);
+    float *memory = dsf_floats(call, tasks * each, &status), *spans = dsf_floats(call, call->threads * room, &status);
     /* Sums over sequences: per sequence first. */
     if (d.skip != NULL) {
         d.skip = dsf_gradient(call, NULL, x->sequences * x->channels, &status);
@@ -287,12 +359,10 @@ attn_status dsf_scan_backward(attn_call *call, const dsf_scan *x, const dsf_grad
     for (int64_t task = 0; task < tasks; task++) {
         float *m = memory + task * each;
         part p = {.b = m, .c = m + x->n * x->states, .lam = m + 2 * x->n * x->states, .gain = m + x->n * (2 * x->states + deep)};
-        memset(m, 0, (size_t)sums * sizeof(float));
-        p.kept = m + sums;
-        p.h = p.kept + (spans + 1) * width;
-        p.g = p.h + (SPAN + 1) * width;
+        span y = span_of(x, spans + omp_get_thread_num() * room);
         int64_t low = task % blocks * CHANNELS;
-        back_task(x, &d, task / blocks, low, attn_min_i64(x->channels, low + CHANNELS), &p);
+        memset(m, 0, (size_t)each * sizeof(float));
+        back_task(x, &d, task / blocks, low, attn_min_i64(x->channels, low + CHANNELS), &p, &y);
     }
     for (int64_t task = 0; task < tasks; task++) {
         const float *m = memory + task * each;
