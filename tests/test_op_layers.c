@@ -334,6 +334,14 @@ static void test_dsf(void **state)
     opcheck_input(&d, "c", SHAPE(2, 9, 3));
     opcheck_input(&d, "h0", SHAPE(2, 4, 3));
     opcheck_run(&d, 3e-2);
+    opcheck_case wide = {.spec = "dsf.s6", .seed = 33, .step = 3e-3, .samples = 5}; /* spans of tokens, blocks of channels */
+    opcheck_input(&wide, "u", SHAPE(2, 67, 70));
+    opcheck_input(&wide, "dt", SHAPE(2, 67, 70));
+    opcheck_input(&wide, "A_log", SHAPE(70, 3));
+    opcheck_input(&wide, "b", SHAPE(2, 67, 3));
+    opcheck_input(&wide, "c", SHAPE(2, 67, 3));
+    opcheck_input(&wide, "skip", SHAPE(70));
+    opcheck_run(&wide, 3e-2);
     opcheck_case e = {.spec = "dsf.s6_layer", .seed = 31, .step = 3e-3};
     opcheck_input(&e, "x", SHAPE(2, 6, 5));
     opcheck_uniform(&e, "w_x", SHAPE(8, 5), -0.6, 0.6);

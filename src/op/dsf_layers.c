@@ -25,15 +25,9 @@ static float *s6_point(const s6 *x, float *a_log, int64_t c, int64_t s)
     return a_log + (x->rate_wide ? c : 0) * (x->rate_deep ? x->states : 1) + (x->rate_deep ? s : 0);
 }
 
-static double s6_before(const s6 *x, int64_t row, int64_t c)
+/* dt + bias of some rows and channels. */
+static void s6_before(const s6 *x, int64_t first, int64_t rows, int64_t low, int64_t high, float *to)
 {
-    return (double)x->dt[x->dt_wide ? row * x->channels + c : row] + (x->bias != NULL ? (double)x->bias[x->bias_wide ? c : 0] : 0);
-}
-
-/* Step sizes softplus(dt + bias) of some rows and channels. */
-static void s6_delta(const void *maker, int64_t first, int64_t rows, int64_t low, int64_t high, float *to)
-{
-    const s6 *x = maker;
     int64_t count = high - low;
     for (int64_t r = 0; r < rows; r++) {
         const float *dt = x->dt_wide ? x->dt + (first + r) * x->channels + low : NULL, *bias = x->bias_wide ? x->bias + low : NULL;
@@ -42,7 +36,13 @@ static void s6_delta(const void *maker, int64_t first, int64_t rows, int64_t low
             to[r * count + c] = (dt != NULL ? dt[c] : one) + (bias != NULL ? bias[c] : same);
         }
     }
-    attn_activation_forward(ATTN_ACTIVATION_SOFTPLUS, 1, rows * count, to, to);
+}
+
+/* Step sizes: softplus of that. */
+static void s6_delta(const void *maker, int64_t first, int64_t rows, int64_t low, int64_t high, float *to)
+{
+    s6_before(maker, first, rows, low, high, to);
+    attn_activation_forward(ATTN_ACTIVATION_SOFTPLUS, 1, rows * (high - low), to, to);
 }
 
 static attn_status s6_prepare(attn_call *call, s6 *x)
@@ -69,19 +69,22 @@ static attn_status s6_all_deltas(attn_call *call, s6 *x)
 static attn_status s6_back(attn_call *call, const s6 *x, const float *grad_delta, const float *grad_rate, float *dt, float *bias, float *a_log)
 {
     double *sums = attn_arena_array(call->arena, (size_t)x->channels, sizeof *sums);
+    float *slope;
     if (sums == NULL) {
         return attn_fail_memory((size_t)x->channels * sizeof *sums);
     }
+    ATTN_TRY(attn_take_f32(call, x->channels, &slope));
     memset(sums, 0, (size_t)x->channels * sizeof *sums);
     for (int64_t row = 0; row < x->rows; row++) {
         double together = 0;
+        s6_before(x, row, 1, 0, x->channels, slope);
+        attn_activation_backward(ATTN_ACTIVATION_SOFTPLUS, 1, x->channels, slope, grad_delta + row * x->channels, slope);
         for (int64_t c = 0; c < x->channels; c++) {
-            double slope = (double)grad_delta[row * x->channels + c] * attn_sigmoid(s6_before(x, row, c));
-            sums[c] += slope;
-            together += slope;
-            if (dt != NULL && x->dt_wide) {
-                dt[row * x->channels + c] += (float)slope;
-            }
+            sums[c] += (double)slope[c];
+            together += (double)slope[c];
+        }
+        for (int64_t c = 0; c < (dt != NULL && x->dt_wide ? x->channels : 0); c++) {
+            dt[row * x->channels + c] += slope[c];
         }
         if (dt != NULL && !x->dt_wide) {
             dt[row] += (float)together;

@@ -235,8 +235,14 @@ static attn_scan_back make_states(const dsf_scan *x, const dsf_gradients *d, int
                                   int64_t begin, int64_t end)
 {
     int64_t count = high - low, first = sequence * x->n + begin, rows = end - begin, at = first * x->channels + low;
-    for (int64_t i = 0; i < rows * count; i++) {
-        y->gain[i] = gain_at(x, first + i / count, low + i % count);
+    for (int64_t t = 0; t < rows; t++) {
+        float *gain = y->gain + t * count, same = x->gain_wide ? 0.0f : gain_at(x, first + t, 0);
+        if (x->gain_wide) {
+            memcpy(gain, x->gain + (first + t) * x->channels + low, (size_t)count * sizeof *gain);
+        }
+        for (int64_t c = 0; c < (x->gain_wide ? 0 : count); c++) {
+            gain[c] = same;
+        }
     }
     for (int64_t i = 0; i < rows * x->states; i++) {
         float *keep = y->keep + i * count;
