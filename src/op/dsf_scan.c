@@ -118,33 +118,46 @@ static attn_status by_chunks(attn_call *call, const dsf_scan *x, float *o, float
     return ATTN_OK;
 }
 
-/* What a thread needs in by_channels: the state and the rates, transposed, and gains of a span of tokens. */
-static int64_t channels_room(const dsf_scan *x) { return (2 * x->states + SPAN) * CHANNELS; }
+/* What a thread needs in by_channels: the states and the rates, transposed block by block, and gains of a span of tokens. */
+static int64_t channels_room(const dsf_scan *x) { return 2 * x->states * x->channels + SPAN * CHANNELS; }
 
-/* Channels [low, high) of a sequence with the kernels, a span of tokens at a time so that they are read as they lie in memory. */
+/* A block of channels for a span of tokens from t on; the block's state and rates, and room for gains. */
+static void scan_span(const dsf_scan *x, int64_t sequence, int64_t low, int64_t count, int64_t t, float *turned, const float *rate, float *gain, float *o)
+{
+    int64_t row = sequence * x->n + t, at = row * x->channels + low, tokens = attn_min_i64(SPAN, x->n - t);
+    attn_scan scan = {.n = tokens, .channels = count, .states = x->states, .ld = x->channels, .ld_gain = x->channels, .v = x->v + at,
+                      .gain = x->gain != NULL ? x->gain + at : NULL, .lam = x->log_rate != NULL ? NULL : x->lam + at, .rate = rate,
+                      .b = x->b != NULL ? x->b + row * x->states : NULL, .c = x->c != NULL ? x->c + row * x->states : NULL,
+                      .skip = x->skip != NULL ? x->skip + sequence % x->skip_sets * x->channels + low : NULL, .h = turned, .o = o + at};
+    if (x->make_gain != NULL) {
+        x->make_gain(x->maker, row, tokens, low, low + count, gain);
+        scan.gain = gain;
+        scan.ld_gain = count;
+    }
+    attn_scan_kernels_get()->scan(&scan);
+}
+
+/* Channels [low, high) of a sequence with the kernels, whole spans of tokens one after another: so rows are read as they lie in memory. */
 static void by_channels(const dsf_scan *x, int64_t sequence, int64_t low, int64_t high, float *room, float *h, float *o)
 {
-    int64_t count = high - low, first = sequence * x->n;
-    float *turned = room, *rate = turned + count * x->states, *gain = rate + count * x->states;
-    transpose(turned, h, count, x->states);
-    if (x->log_rate != NULL) {
-        transpose(rate, x->log_rate + low * x->states, count, x->states);
-        attn_tile_kernels_get()->scale(rate, count * x->states, (float)ATTN_LOG2E);
+    float *turned = room, *rate = turned + (high - low) * x->states, *gain = rate + (high - low) * x->states;
+    for (int64_t c = low; c < high; c += CHANNELS) {
+        int64_t count = attn_min_i64(CHANNELS, high - c), at = (c - low) * x->states;
+        transpose(turned + at, h + at, count, x->states);
+        if (x->log_rate != NULL) {
+            transpose(rate + at, x->log_rate + c * x->states, count, x->states);
+            attn_tile_kernels_get()->scale(rate + at, count * x->states, (float)ATTN_LOG2E);
+        }
     }
     for (int64_t t = 0; t < x->n; t += SPAN) {
-        int64_t row = first + t, at = row * x->channels + low, tokens = attn_min_i64(SPAN, x->n - t);
-        attn_scan scan = {.n = tokens, .channels = count, .states = x->states, .ld = x->channels, .ld_gain = x->channels, .v = x->v + at,
-                          .gain = x->gain != NULL ? x->gain + at : NULL, .lam = x->log_rate != NULL ? NULL : x->lam + at, .rate = rate,
-                          .b = x->b != NULL ? x->b + row * x->states : NULL, .c = x->c != NULL ? x->c + row * x->states : NULL,
-                          .skip = x->skip != NULL ? x->skip + sequence % x->skip_sets * x->channels + low : NULL, .h = turned, .o = o + at};
-        if (x->make_gain != NULL) {
-            x->make_gain(x->maker, row, tokens, low, high, gain);
-            scan.gain = gain;
-            scan.ld_gain = count;
+        for (int64_t c = low; c < high; c += CHANNELS) {
+            int64_t at = (c - low) * x->states;
+            scan_span(x, sequence, c, attn_min_i64(CHANNELS, high - c), t, turned + at, rate + at, gain, o);
         }
-        attn_scan_kernels_get()->scan(&scan);
     }
-    transpose(h, turned, x->states, count);
+    for (int64_t c = low; c < high; c += CHANNELS) {
+        transpose(h + (c - low) * x->states, turned + (c - low) * x->states, x->states, attn_min_i64(CHANNELS, high - c));
+    }
 }
 
 /* The plain way. */
@@ -172,15 +185,21 @@ attn_status dsf_scan_forward(attn_call *call, const dsf_scan *x, float *o, float
     int kernels = (x->b == NULL) == (x->c == NULL) && (x->gain == NULL || x->gain_wide || x->channels == 1) && (x->log_rate != NULL || x->states == 1 || !x->lam_deep);
     float *turned;
     ATTN_TRY(attn_take_f32(call, call->threads * room, &turned));
-#pragma omp parallel for schedule(static) num_threads(call->threads) if (call->threads > 1)
-    for (int64_t task = 0; task < x->sequences * blocks; task++) {
-        int64_t sequence = task / blocks, low = task % blocks * CHANNELS, high = attn_min_i64(x->channels, low + CHANNELS);
-        float *h = h_last + (sequence * x->channels + low) * x->states;
-        start_state(x, sequence, low, high, h);
-        if (kernels) {
-            by_channels(x, sequence, low, high, turned + omp_get_thread_num() * room, h, o);
-        } else {
-            by_steps(x, sequence, low, high, h, o);
+    /* Each thread takes a run of neighbouring blocks of channels, in parts that lie in one sequence. */
+#pragma omp parallel for schedule(static, 1) num_threads(call->threads) if (call->threads > 1)
+    for (int i = 0; i < call->threads; i++) {
+        int64_t all = x->sequences * blocks, last = all * (i + 1) / call->threads;
+        for (int64_t first = all * i / call->threads, count; first < last; first += count) {
+            int64_t sequence = first / blocks, low = first % blocks * CHANNELS;
+            count = attn_min_i64(last, (sequence + 1) * blocks) - first;
+            int64_t high = attn_min_i64(x->channels, low + count * CHANNELS);
+            float *h = h_last + (sequence * x->channels + low) * x->states;
+            start_state(x, sequence, low, high, h);
+            if (kernels) {
+                by_channels(x, sequence, low, high, turned + i * room, h, o);
+            } else {
+                by_steps(x, sequence, low, high, h, o);
+            }
         }
     }
     return ATTN_OK;
