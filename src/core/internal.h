@@ -36,8 +36,10 @@ void *attn_realloc(void *memory, size_t old_bytes, size_t new_bytes);
 void attn_free(void *memory);
 char *attn_strdup(const char *text);
 
-/* Ask for `rows` rows of `bytes` each, `stride` bytes apart, to be brought near. */
+/* Ask for `rows` rows of `bytes` each, `stride` bytes apart, to be brought near: for soon, or for later, into the second-level cache, which
+ * leaves what is being worked on in the first. */
 void attn_prefetch(const void *row, ptrdiff_t stride, int64_t rows, size_t bytes);
+void attn_prefetch_ahead(const void *row, ptrdiff_t stride, int64_t rows, size_t bytes);
 
 /* What will be read next, asked for in small shares while something else is computed: memory has nothing to do meanwhile, and more
  * requests than it takes at a time would stop the work. */

@@ -272,17 +272,20 @@ void attn_arena_release(attn_arena *arena, attn_arena_mark mark)
 #define CACHE_LINE 64
 #define NEAR_BYTES 65536 /* more than this is asked for to the second-level cache only: it would push out what is worked on */
 
-void attn_prefetch(const void *row, ptrdiff_t stride, int64_t rows, size_t bytes)
-{
-    const char *at = row;
-    for (int64_t r = 0; r < rows; r++, at += stride) {
-        for (size_t i = 0; i < bytes; i += CACHE_LINE) {
-            __builtin_prefetch(at + i, 0, 3);
-        }
+/* Without the empty statement GCC takes these functions for ones without effect, and drops each call of them that it can see through. */
+#define PREFETCH(name, level)                                                                                          \
+    void name(const void *row, ptrdiff_t stride, int64_t rows, size_t bytes)                                           \
+    {                                                                                                                  \
+        const char *at = row;                                                                                          \
+        for (int64_t r = 0; r < rows; r++, at += stride) {                                                             \
+            for (size_t i = 0; i < bytes; i += CACHE_LINE) {                                                           \
+                __builtin_prefetch(at + i, 0, level);                                                                  \
+            }                                                                                                          \
+        }                                                                                                              \
+        __asm__ volatile("");                                                                                          \
     }
-    /* Without it GCC takes this function for one without effect, and drops each call of it that it can see through. */
-    __asm__ volatile("");
-}
+PREFETCH(attn_prefetch, 3)
+PREFETCH(attn_prefetch_ahead, 2)
 
 void attn_ahead_share(attn_ahead *ahead)
 {

@@ -15,6 +15,7 @@
 #define ROWS 24        /* query rows that go through a step together */
 #define BACK_ROWS 64   /* in backward, where each pass of rows adds to the gradients of all keys */
 #define MOST_STRIPES 8 /* of the image in backward */
+#define TASKS_AHEAD 2  /* what one task asks for comes too late for the next */
 
 typedef struct problem {
     const attn_windows *w;
@@ -77,7 +78,8 @@ static attn_status make_problem(problem *p, const attn_windows *w, int64_t rows,
         p->rel_pad[axis] = up(p->rel_count[axis], kernels->vw);
         most[axis] = p->all_slots ? p->window[axis] : attn_min_i64(p->window[axis], w->grid[axis]);
     }
-    p->rows = attn_min_i64(rows, p->per_block * p->group);
+    int64_t all = p->per_block * p->group;
+    p->rows = attn_min_i64(up(attn_ceil_div(all, attn_ceil_div(all, rows)), kernels->mr), all); /* alike in all passes */
     p->step_rows = attn_max_i64(1, STEP_KEYS / most[1]);
     p->step_keys = up(attn_min_i64(p->step_rows, most[0]) * most[1] + 1, kernels->nr);
     return make_tables(p, arena);
@@ -145,15 +147,15 @@ static float *row_of(const attn_windows_view *view, int64_t b, int64_t h, int64_
     return view->data + b * view->batch + h * view->head + token * view->token;
 }
 
-/* Window rows [first, end) of keys or values as rows of `pad` numbers, zero rows up to whole vectors; `outside` (NULL: zeros) is what
- * slots outside the image hold. */
+/* Window rows [first, end) of keys or values as rows of `pad` numbers, zero rows up to `padded`; `outside` (NULL: zeros) is what slots
+ * outside the image hold. */
 static void gather(const problem *p, const attn_windows_view *from, const float *outside, int64_t b, int64_t h, const window *at,
-                   int64_t first, int64_t end, int64_t width, int64_t pad, float factor, float *to)
+                   int64_t first, int64_t end, int64_t padded, int64_t width, int64_t pad, float factor, float *to)
 {
     const int64_t *grid = p->w->grid;
-    int64_t left = attn_max_i64(at->left, -at->x), right = attn_min_i64(at->right, grid[1] - at->x), keys = keys_of(at, first, end);
+    int64_t left = attn_max_i64(at->left, -at->x), right = attn_min_i64(at->right, grid[1] - at->x);
     int64_t before = (left - at->left) * pad, after = (at->right - right) * pad, across = (at->right - at->left) * pad;
-    float *stop = to + up(keys, p->kernels->vw) * pad;
+    float *stop = to + padded * pad;
     for (int64_t a = first; a < end; a++, to += across) {
         int64_t y = at->y + a;
         if (y < 0 || y >= grid[0]) {
@@ -217,8 +219,8 @@ static int64_t packed_keys(const problem *p, int64_t keys)
     return keys > vw && keys % vw == 1 ? keys - 1 : up(keys, vw);
 }
 
-/* Scores of some rows in base 2 over window rows [first, end): s [rows][step_keys], columns past the keys -inf. The number of keys. */
-static int64_t score(const problem *p, worker *t, int64_t rows, const window *at, int64_t first, int64_t end)
+/* Scores of some rows in base 2 over window rows [first, end): s [rows][step_keys], columns past the keys -inf. */
+static void score(const problem *p, worker *t, int64_t rows, const window *at, int64_t first, int64_t end)
 {
     const attn_tile_kernels *kernels = p->kernels;
     int64_t across = at->right - at->left, keys = keys_of(at, first, end), padded = up(keys, kernels->vw), packed = packed_keys(p, keys);
@@ -245,27 +247,82 @@ static int64_t score(const problem *p, worker *t, int64_t rows, const window *at
             }
         }
     }
-    return keys;
 }
 
-/* A step's keys in t->rows and packed, its values in t->v. */
-static void load_step(const problem *p, worker *t, int64_t b, int64_t kv, const window *at, int64_t first, int64_t end)
+/* A step's keys in t->rows and packed, its values in t->v, both with zero rows up to `padded`. */
+static void load_step(const problem *p, worker *t, int64_t b, int64_t kv, const window *at, int64_t first, int64_t end, int64_t padded)
 {
     const attn_windows *w = p->w;
-    gather(p, &w->k, w->pad_k, b, kv, at, first, end, w->d, p->d_pad, p->factor, t->rows);
+    gather(p, &w->k, w->pad_k, b, kv, at, first, end, padded, w->d, p->d_pad, p->factor, t->rows);
     pack(p->kernels, t->k, t->rows, p->d_pad, packed_keys(p, keys_of(at, first, end)), w->d);
-    gather(p, &w->v, w->pad_v, b, kv, at, first, end, w->dv, p->dv_pad, 1, t->v);
+    gather(p, &w->v, w->pad_v, b, kv, at, first, end, padded, w->dv, p->dv_pad, 1, t->v);
 }
 
-static void attend(const problem *p, worker *t, int64_t b, int64_t kv, int64_t block)
+/* Ask for pixels [low, high) of a rectangle that is `columns` wide; `first` is its corner, `across` the width of the image. */
+static void prefetch_pixels(const attn_windows_view *of, int64_t b, int64_t h, int64_t first, int64_t columns, int64_t across, int64_t width,
+                            int64_t low, int64_t high)
+{
+    while (low < high) {
+        int64_t x = low % columns, some = attn_min_i64(columns - x, high - low);
+        int whole = of->token == width; /* the run is one piece */
+        attn_prefetch_ahead(row_of(of, b, h, first + low / columns * across + x), (ptrdiff_t)(of->token * (int64_t)sizeof(float)),
+                            whole ? 1 : some, (size_t)(whole ? some * width : width) * sizeof(float));
+        low += some;
+    }
+}
+
+/* What a coming task reads and writes, and how much of it was asked for: rectangles of keys and of queries. */
+typedef struct ahead {
+    int64_t b, kv, share, shares;
+    int64_t key, key_columns, keys, query, query_columns, queries; /* corner (a token), width and pixels */
+} ahead;
+
+static ahead look_ahead(const problem *p, int64_t task, int64_t shares)
+{
+    const attn_windows *w = p->w;
+    int64_t blocks = p->blocks[0] * p->blocks[1], pair = task / blocks, block = task % blocks, count[2];
+    window at = window_of(p, block);
+    int64_t top = attn_max_i64(0, at.y + at.top), left = attn_max_i64(0, at.x + at.left);
+    ahead a = {.b = pair / w->kv_heads, .kv = pair % w->kv_heads, .shares = shares, .key = top * w->grid[1] + left,
+               .key_columns = attn_min_i64(w->grid[1], at.x + at.right) - left};
+    a.keys = (attn_min_i64(w->grid[0], at.y + at.bottom) - top) * a.key_columns;
+    block_queries(p, block, count);
+    a.query = block / p->blocks[1] * (w->block[0] / w->stride[0]) * p->out[1] + block % p->blocks[1] * (w->block[1] / w->stride[1]);
+    a.query_columns = count[1];
+    a.queries = count[0] * count[1];
+    return a;
+}
+
+/* Ask for a share: no hardware prefetcher follows windows, and the machine waits when too much is asked for at once. */
+static void prefetch_share(const problem *p, ahead *a)
+{
+    const attn_windows *w = p->w;
+    if (a->share == a->shares || a->b >= w->batch) {
+        return;
+    }
+    int64_t low = a->keys * a->share / a->shares, high = a->keys * (a->share + 1) / a->shares;
+    prefetch_pixels(&w->k, a->b, a->kv, a->key, a->key_columns, w->grid[1], w->d, low, high);
+    prefetch_pixels(&w->v, a->b, a->kv, a->key, a->key_columns, w->grid[1], w->dv, low, high);
+    low = a->queries * a->share / a->shares, high = a->queries * (a->share + 1) / a->shares;
+    for (int64_t h = a->kv * p->group; h < (a->kv + 1) * p->group; h++) {
+        prefetch_pixels(&w->q, a->b, h, a->query, a->query_columns, p->out[1], w->d, low, high);
+        prefetch_pixels(&w->o, a->b, h, a->query, a->query_columns, p->out[1], w->dv, low, high);
+    }
+    a->share++;
+}
+
+static void attend(const problem *p, worker *t, int64_t task)
 {
     const attn_windows *w = p->w;
     const attn_tile_kernels *kernels = p->kernels;
+    int64_t blocks = p->blocks[0] * p->blocks[1], block = task % blocks, b = task / blocks / w->kv_heads, kv = task / blocks % w->kv_heads;
     window at = window_of(p, block);
     int64_t count[2], all;
     block_queries(p, block, count);
     all = p->group * count[0] * count[1];
     int single = at.bottom - at.top <= p->step_rows; /* one step holds the whole window: it is gathered once for all rows */
+    /* A share is asked for before each part of a pass. */
+    ahead coming = look_ahead(p, task + TASKS_AHEAD, single ? 3 * attn_ceil_div(all, p->rows) : 0);
     for (int64_t row = 0; row < all; row += p->rows) {
         int64_t rows = attn_min_i64(p->rows, all - row);
         load_queries(p, t, b, kv, block, count, row, rows);
@@ -274,17 +331,20 @@ static void attend(const problem *p, worker *t, int64_t b, int64_t kv, int64_t b
             t->l[r] = 0;
         }
         for (int64_t first = at.top; first < at.bottom; first += p->step_rows) {
-            int64_t end = attn_min_i64(first + p->step_rows, at.bottom);
+            int64_t end = attn_min_i64(first + p->step_rows, at.bottom), keys = keys_of(&at, first, end);
             if (!single || row == 0) {
-                load_step(p, t, b, kv, &at, first, end);
+                load_step(p, t, b, kv, &at, first, end, attn_max_i64(keys, packed_keys(p, keys)));
             }
-            int64_t keys = score(p, t, rows, &at, first, end);
+            prefetch_share(p, &coming);
+            score(p, t, rows, &at, first, end);
+            prefetch_share(p, &coming);
             kernels->softmax(rows, t->s, p->step_keys, up(keys, kernels->vw), t->m, t->l, t->alpha);
             for (int64_t r = 0; r < rows && first > at.top; r++) {
                 if (t->alpha[r] != 1.0f) {
                     kernels->scale(t->o + r * p->dv_pad, p->dv_pad, t->alpha[r]);
                 }
             }
+            prefetch_share(p, &coming);
             kernels->product(rows, p->dv_pad, keys, t->s, p->step_keys, 1, t->v, p->dv_pad, kernels->nr, t->o, p->dv_pad, first > at.top);
         }
         for (int64_t r = 0; r < rows; r++) {
@@ -350,8 +410,7 @@ attn_status attn_windows_forward(const attn_windows *w, attn_arena *arena, int t
     int64_t blocks = p.blocks[0] * p.blocks[1], tasks = w->batch * w->kv_heads * blocks;
 #pragma omp parallel for schedule(dynamic, 4) num_threads(threads) if (threads > 1 && tasks > 4)
     for (int64_t i = 0; i < tasks; i++) {
-        int64_t pair = i / blocks;
-        attend(&p, &workers[omp_get_thread_num()], pair / w->kv_heads, pair % w->kv_heads, i % blocks);
+        attend(&p, &workers[omp_get_thread_num()], i);
     }
     return ATTN_OK;
 }
@@ -439,7 +498,7 @@ static void back_block(const problem *p, worker *t, const attn_windows_gradients
             int64_t end = attn_min_i64(first + p->step_rows, at.bottom);
             int64_t keys = keys_of(&at, first, end), padded = up(keys, kernels->vw);
             if (!single || row == 0) {
-                load_step(p, t, b, kv, &at, first, end);
+                load_step(p, t, b, kv, &at, first, end, padded);
                 pack(kernels, t->v_packed, t->v, p->dv_pad, padded, p->w->dv);
             }
             score(p, t, rows, &at, first, end);

@@ -491,6 +491,7 @@ static attn_status saved_outputs(attn_call *call, const attn_named_tensor *out, 
     attn_tensor saved[ATTN_MAX_PORTS];
     int missing = 0;
     ATTN_TRY(prepare_outputs(call, NULL, 0, ATTN_PORT_ON_REQUEST, given));
+    memset(call->spare, 0, sizeof call->spare); /* backward reads them */
     for (int i = 0; i < out_count; i++) {
         int port = find_port(info, ATTN_PORT_OUT, out[i].name);
         if (port < 0) {

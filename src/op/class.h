@@ -124,6 +124,8 @@ void attn_set_dim(attn_call *call, const char *symbol, int64_t value);
 /* In bind: this call does not produce that output port. */
 void attn_drop_output(attn_call *call, int port);
 static inline float *attn_f32(const attn_tensor *tensor) { return tensor != NULL ? (float *)tensor->data : NULL; }
+/* In forward: NULL for an output that nobody asked for, too. */
+static inline float *attn_wanted_f32(const attn_call *call, int port) { return call->spare[port] ? NULL : attn_f32(call->t[port]); }
 static inline int64_t *attn_i64(const attn_tensor *tensor) { return tensor != NULL ? (int64_t *)tensor->data : NULL; }
 static inline uint8_t *attn_bool(const attn_tensor *tensor) { return tensor != NULL ? (uint8_t *)tensor->data : NULL; }
 /* Scratch floats from the call's arena, not zeroed; NULL on failure (then return attn_fail_memory). */

@@ -140,7 +140,7 @@ static attn_status halo_forward(attn_call *call)
     attn_windows w;
     ATTN_TRY(halo_setup(call, &w));
     w.o = by_head(attn_f32(call->t[O]), w.heads, attn_dim(call, "N"), w.dv);
-    w.lse = attn_f32(call->t[LSE]);
+    w.lse = attn_wanted_f32(call, LSE);
     return attn_windows_forward(&w, call->arena, call->threads);
 }
 

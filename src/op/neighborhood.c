@@ -239,7 +239,7 @@ static attn_status fused_forward(attn_call *call)
     ring r;
     ATTN_TRY(fused_grid(call, &na, &g));
     if (!p->decode) {
-        return attn_grid_forward(&g, call->arena, call->threads, attn_f32(call->t[O]), attn_f32(call->t[LSE]));
+        return attn_grid_forward(&g, call->arena, call->threads, attn_f32(call->t[O]), attn_wanted_f32(call, LSE));
     }
     ATTN_TRY(ring_create(call, &g, &na, &r));
     for (int64_t t = 0; t < na.axis[0].n; t++) {
