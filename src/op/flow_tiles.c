@@ -42,6 +42,7 @@ typedef struct work {
     float *numbers;            /* [TILE] */
     float *values;             /* [TILE][vp]: competition * v */
     float *state;              /* [d][vp] */
+    attn_ahead ahead;          /* of the next tile (with causal) */
 } work;
 
 static int64_t padded(int64_t count) { return (count + 15) / 16 * 16; }
@@ -155,9 +156,13 @@ static void weigh_values(const work *w, const float *v, const float *weights, in
     }
 }
 
-static void advance(const work *w, const float *keys, int64_t count)
+static void advance(work *w, const float *keys, int64_t count)
 {
-    w->tile->product(w->f->d, w->f->dv, count, keys, 1, w->dp, w->values, w->vp, w->tile->nr, w->state, w->vp, 1);
+    for (int64_t c = 0; c < w->f->d; c += 2 * STRIPE) {
+        w->tile->product(attn_min_i64(2 * STRIPE, w->f->d - c), w->f->dv, count, keys + c, 1, w->dp, w->values, w->vp, w->tile->nr,
+                         w->state + c * w->vp, w->vp, 1);
+        attn_ahead_share(&w->ahead);
+    }
 }
 
 /* ---- Normal form ---- */
@@ -297,7 +302,11 @@ static double share_of(prefix *p, double x)
 static void triangles(work *w, int64_t count)
 {
     w->tile->pack_transposed(w->kt, TILE, w->k.mapped, ATTN_F32, w->dp, count, w->f->d);
-    w->tile->product(count, count, w->f->d, w->q.mapped, w->dp, 1, w->kt, TILE, w->tile->nr, w->upper, TILE, 0);
+    for (int64_t r = 0; r < count; r += STRIPE) {
+        w->tile->product(attn_min_i64(STRIPE, count - r), count, w->f->d, w->q.mapped + r * w->dp, w->dp, 1, w->kt, TILE, w->tile->nr,
+                         w->upper + r * TILE, TILE, 0);
+        attn_ahead_share(&w->ahead);
+    }
     for (int64_t r = 0; r < count; r++) {
         float *lower = w->lower + r * TILE, *upper = w->upper + r * TILE;
         memcpy(lower, upper, (size_t)(r + 1) * sizeof(float));
@@ -365,7 +374,13 @@ static void causal_head(work *w, const float *v, float *o, float *competition, f
     memset(w->state, 0, (size_t)(f->d * w->vp) * sizeof(float));
     for (int64_t first = 0; first < f->n; first += TILE) {
         int64_t count = left(f->n, first);
+        int64_t next = first + count, more = attn_min_i64(TILE, f->n - next);
         float *to = o + first * f->dv, *allotted = allocation != NULL ? allocation + first : own;
+        w->ahead = (attn_ahead){.shares = 3 * TILE / STRIPE};
+        attn_ahead_add(&w->ahead, w->q.x + next * f->d, more * f->d);
+        attn_ahead_add(&w->ahead, w->k.x + next * f->d, more * f->d);
+        attn_ahead_add(&w->ahead, v + next * f->dv, more * f->dv);
+        attn_ahead_add(&w->ahead, o + next * f->dv, more * f->dv);
         map_rows(w, &w->q, first, count, w->q.mapped);
         map_rows(w, &w->k, first, count, w->k.mapped);
         tile_flows(w, first, count, &softmax, allotted);
@@ -373,9 +388,11 @@ static void causal_head(work *w, const float *v, float *o, float *competition, f
         for (int64_t r = 0; r < count; r += STRIPE) {
             int64_t rows = attn_min_i64(STRIPE, count - r);
             w->tile->product(rows, f->dv, r + rows, w->lower + r * TILE, TILE, 1, w->values, w->vp, w->tile->nr, to + r * f->dv, f->dv, 0);
+            attn_ahead_share(&w->ahead);
             if (first > 0) {
                 w->tile->product(rows, f->dv, f->d, w->q.mapped + r * w->dp, w->dp, 1, w->state, w->vp, w->tile->nr, to + r * f->dv, f->dv, 1);
             }
+            attn_ahead_share(&w->ahead);
         }
         for (int64_t r = 0; r < count; r++) {
             w->tile->scale(to + r * f->dv, f->dv, allotted[r] * w->q.weights[SHARED * TILE + r] / (float)(first + r + 1));
