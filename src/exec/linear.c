@@ -48,8 +48,8 @@ void attn_linear_work_init(attn_linear_work *w, const attn_linattn *x, float *me
     w->out = take(&memory, w->mp);
     w->own_q = take(&memory, c * w->dp);
     w->own_k = take(&memory, c * w->dp);
-    w->v = take(&memory, c * w->vp);
-    w->g = take(&memory, c * w->vp);
+    w->own_v = take(&memory, c * w->vp);
+    w->own_g = take(&memory, c * w->vp);
     w->kt = take(&memory, x->d * w->mp);
     w->vt = take(&memory, x->dv * w->mp);
     w->s = take(&memory, c * w->mp);
@@ -96,8 +96,11 @@ void attn_linear_load(attn_linear_work *w, int64_t first, int64_t count, const f
         w->q = w->own_q;
         w->ldq = w->dp;
     }
-    if (g != NULL) {
-        load_rows(w->g, w->vp, g + shift * x->dv, x->dv, w->low, count, NULL);
+    if (g != NULL && w->vp == x->dv && w->low == 0) {
+        w->g = g + shift * x->dv;
+    } else if (g != NULL) {
+        load_rows(w->own_g, w->vp, g + shift * x->dv, x->dv, w->low, count, NULL);
+        w->g = w->own_g;
     }
     if (k != NULL && w->in_place && x->rows == NULL) {
         w->k = k + first * x->d;
@@ -107,8 +110,11 @@ void attn_linear_load(attn_linear_work *w, int64_t first, int64_t count, const f
         w->k = w->own_k;
         w->ldk = w->dp;
     }
-    if (v != NULL) {
-        load_rows(w->v, w->vp, v + first * x->dv, x->dv, 0, count, NULL);
+    if (v != NULL && w->vp == x->dv) {
+        w->v = v + first * x->dv;
+    } else if (v != NULL) {
+        load_rows(w->own_v, w->vp, v + first * x->dv, x->dv, 0, count, NULL);
+        w->v = w->own_v;
     }
 }
 

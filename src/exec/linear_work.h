@@ -21,7 +21,8 @@ typedef struct attn_linear_work {
     const float *q, *k;         /* rows of the chunk, ldq and ldk apart */
     int64_t ldq, ldk;
     float *own_q, *own_k;       /* [chunk][dp]: copies of them, zero outside */
-    float *v, *g;               /* [chunk][vp]: zero outside */
+    const float *v, *g;         /* rows of the chunk, vp apart: the caller's where they are whole vectors, or */
+    float *own_v, *own_g;       /* [chunk][vp]: copies of them, zero outside */
     float *kt, *vt;             /* [d][mp], [dv][mp] */
     float *s, *p, *decay;       /* [chunk][mp]: weights, their gradients, decays from column to row (0 above the diagonal) */
     float *in, *out;            /* [chunk]: decay from before the chunk to a token (times outer), from a token to the end */
