@@ -552,12 +552,16 @@ static void check_select(void)
         }
         same("count", &count, &want_count, 1, 0);
         x[draw(0, n - 1)] = NAN;
-        float kept = (float)k->compress(x, n, limit, 7, y, at), kept2 = (float)s->compress(x, n, limit, 7, y2, at2);
+        int32_t *names = draw(0, 1) ? at : NULL, *names2 = names != NULL ? at2 : NULL, shift = names != NULL ? 7 : 0;
+        for (int64_t j = 0; j < n; j++) {
+            at[j] = at2[j] = (int32_t)j + 7;
+        }
+        float kept = (float)k->compress(x, n, limit, names, y, at), kept2 = (float)s->compress(x, n, limit, names2, y2, at2);
         same("compress: count", &kept, &kept2, 1, 0);
         same("compress", y, y2, (int64_t)kept2, 0);
         for (int64_t j = 0; j < (int64_t)kept2; j++) {
             y[j] = (float)at[j];
-            y2[j] = x[at2[j] - 7] >= limit ? (float)at2[j] : -1;
+            y2[j] = x[at2[j] - shift] >= limit ? (float)at2[j] : -1;
         }
         same("compress: places", y, y2, (int64_t)kept2, 0);
         int64_t width = draw(1, 150), stride = width + draw(0, 9);
@@ -571,7 +575,7 @@ static void check_select(void)
         same("gather_values", o, o2, width, 2e-5);
         if (i == 0) {
             BENCH("kth of 4096", k->kth(x + 1, n / 2, rank / 2 + 1), s->kth(x + 1, n / 2, rank / 2 + 1));
-            BENCH("compress of 4096", k->compress(x, n, 4, 0, y, at), s->compress(x, n, 4, 0, y2, at2));
+            BENCH("compress of 4096", k->compress(x, n, 4, NULL, y, at), s->compress(x, n, 4, NULL, y2, at2));
         }
         release();
     }

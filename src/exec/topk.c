@@ -161,7 +161,7 @@ static float guess_limit(const topk *t, worker *w, const float *x, int64_t count
     for (int64_t i = 0; i < SAMPLE / 4; i++) {
         memcpy(w->values + 4 * i, x + count / (SAMPLE / 4) * i, 4 * sizeof *x);
     }
-    int64_t numbers = t->select->compress(w->values, SAMPLE, -INFINITY, 0, w->values, w->at);
+    int64_t numbers = t->select->compress(w->values, SAMPLE, -INFINITY, NULL, w->values, w->at);
     double share = (double)k / (double)count * (double)SAMPLE;
     int64_t rank = (int64_t)(share + 3 * sqrt(share)) + 4;
     return rank < numbers ? t->select->kth(w->values, numbers, rank) : -INFINITY;
@@ -241,10 +241,10 @@ static int64_t choose(const topk *t, worker *w, const list *g)
     }
     const float *x = t->shared ? w->sums : g->s;
     float limit = guess_limit(t, w, x, g->count, k);
-    n = select->compress(x, g->count, limit, 0, w->values, w->at);
+    n = select->compress(x, g->count, limit, NULL, w->values, w->at);
     if (n < k && limit > -INFINITY) {
         limit = -INFINITY;
-        n = select->compress(x, g->count, limit, 0, w->values, w->at);
+        n = select->compress(x, g->count, limit, NULL, w->values, w->at);
     }
     if (n < k) { /* the rest is no number */
         int64_t spare = k - n;
@@ -267,12 +267,9 @@ static int64_t choose(const topk *t, worker *w, const list *g)
     }
     float error = uncertainty(t, w, g, w->at[place], least), low = least - error, high = least + error;
     if (low < limit) {
-        n = select->compress(x, g->count, low, 0, w->values, w->at);
+        n = select->compress(x, g->count, low, NULL, w->values, w->at);
     }
-    int64_t passing = select->compress(w->values, n, low, 0, w->values, w->places);
-    for (int64_t i = 0; i < passing; i++) {
-        w->at[i] = w->at[w->places[i]];
-    }
+    int64_t passing = select->compress(w->values, n, low, w->at, w->values, w->at);
     if (passing > k) {
         settle(t, w, g, passing, k, low, high);
     }

@@ -93,19 +93,22 @@ static float kth(const float *x, int64_t count, int64_t k)
     return from_order((int32_t)low);
 }
 
-static int64_t compress(const float *x, int64_t count, float limit, int32_t first, float *to, int32_t *at)
+VINLINE int64_t compress_as(int named, const float *x, int64_t count, float limit, const int32_t *names, float *to, int32_t *at)
 {
     vf by = v_set1(limit);
     int64_t kept = 0;
+#if defined(ATTN_ISA_AVX512)
+    __m512i places = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15), step = _mm512_set1_epi32(VW);
+#endif
     for (int64_t i = 0; i < count; i += VW) {
         vf y = count - i < VW ? load_rest(x + i, (int)(count - i)) : v_load(x + i);
         vmask mask = v_le(by, y);
 #if defined(ATTN_ISA_AVX512)
-        __m512i places = _mm512_add_epi32(_mm512_set1_epi32(first + (int32_t)i),
-                                          _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15));
+        __m512i own = named ? _mm512_maskz_loadu_epi32(mask, names + i) : places;
         v_store(to + kept, _mm512_maskz_compress_ps(mask, y));
-        _mm512_storeu_si512(at + kept, _mm512_maskz_compress_epi32(mask, places));
+        _mm512_storeu_si512(at + kept, _mm512_maskz_compress_epi32(mask, own));
         kept += v_count(mask);
+        places = _mm512_add_epi32(places, step);
 #else
         float row[VW];
         unsigned bits = v_bits(mask);
@@ -115,11 +118,16 @@ static int64_t compress(const float *x, int64_t count, float limit, int32_t firs
         for (; bits != 0; bits &= bits - 1, kept++) {
             int j = __builtin_ctz(bits);
             to[kept] = row[j];
-            at[kept] = first + (int32_t)i + j;
+            at[kept] = named ? names[i + j] : (int32_t)i + j;
         }
 #endif
     }
     return kept;
+}
+
+static int64_t compress(const float *x, int64_t count, float limit, const int32_t *names, float *to, int32_t *at)
+{
+    return names != NULL ? compress_as(1, x, count, limit, names, to, at) : compress_as(0, x, count, limit, NULL, to, at);
 }
 
 /* `vectors` vectors of columns from column c on; two sums of each, so that one hides behind the other. Rows lie anywhere: a few ahead are

@@ -14,9 +14,9 @@ typedef struct attn_select_kernels {
     int64_t (*count)(const float *x, int64_t count, float limit);
     /* The k-th largest, 1 <= k <= count; no NaN. Zeros of both signs are the same. */
     float (*kth)(const float *x, int64_t count, int64_t k);
-    /* The numbers >= limit and their places + first, in order; returns how many. `to` and `at` have room for that and ATTN_SELECT_SLACK
-     * more; `to` may be x. A NaN is left out. */
-    int64_t (*compress)(const float *x, int64_t count, float limit, int32_t first, float *to, int32_t *at);
+    /* The numbers >= limit and their names (NULL: their places), in order; returns how many. `to` and `at` have room for that and
+     * ATTN_SELECT_SLACK more; `to` may be x, and `at` names. A NaN is left out. */
+    int64_t (*compress)(const float *x, int64_t count, float limit, const int32_t *names, float *to, int32_t *at);
     /* o[c] = sum over j of p[j] v[at[j]][c], c < width; rows of contiguous numbers, `stride` numbers apart. */
     void (*gather_values)(float *o, const float *p, const int32_t *at, int64_t count, const void *v, attn_dtype dtype, int64_t stride,
                           int64_t width);
