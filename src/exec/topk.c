@@ -233,9 +233,10 @@ static int64_t choose(const topk *t, worker *w, const list *g)
     if (t->shared && k < g->count) {
         sum_heads(t, w, g);
     }
+    int32_t *at = w->at;
     if (k == g->count) {
         for (int64_t j = 0; j < k; j++) {
-            w->at[j] = (int32_t)j;
+            at[j] = (int32_t)j;
         }
         return k;
     }
@@ -286,12 +287,13 @@ static void kept_softmax(const topk *t, worker *w, const float *s, int64_t kept,
 {
     const attn_tile_kernels *kernels = t->p->kernels;
     int64_t padded = attn_ceil_div(kept, kernels->vw) * kernels->vw;
-    float alpha;
+    float alpha, *values = w->values;
+    const int32_t *at = w->at;
     for (int64_t i = 0; i < kept; i++) {
-        w->values[i] = s[w->at[i]];
+        values[i] = s[at[i]];
     }
     for (int64_t i = kept; i < padded; i++) {
-        w->values[i] = -INFINITY;
+        values[i] = -INFINITY;
     }
     *m = -INFINITY;
     *l = 0;
@@ -314,8 +316,10 @@ static void run_list(const topk *t, worker *w, const list *g, int64_t row, int w
         kept_softmax(t, w, s, kept, &w->m[row + i], &w->l[row + i]);
         if (whole) {
             memset(s, 0, (size_t)columns * sizeof *s);
+            const int32_t *at = w->at;
+            const float *values = w->values;
             for (int64_t j = 0; j < kept; j++) {
-                s[w->at[j]] = w->values[j];
+                s[at[j]] = values[j];
             }
             continue;
         }
