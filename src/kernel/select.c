@@ -7,11 +7,15 @@
 /* The rest of a row that is not a whole vector, filled up with numbers that no limit lets through. */
 VINLINE vf load_rest(const float *x, int rest)
 {
+#if defined(ATTN_ISA_AVX512)
+    return _mm512_mask_loadu_ps(v_set1(NAN), v_first(rest), x);
+#else
     float row[VW];
     for (int i = 0; i < VW; i++) {
         row[i] = i < rest ? x[i] : NAN;
     }
     return v_load(row);
+#endif
 }
 
 static int64_t count_from(const float *x, int64_t count, float limit)
