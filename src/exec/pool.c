@@ -43,28 +43,36 @@ static void make_part(const attn_dense_inputs *in, int64_t first, int64_t count,
     }
 }
 
+/* Tasks that dense would make of the keys at once, if it gets all arguments right. */
+static int64_t dense_tasks(const attn_dense_inputs *in)
+{
+    return in->q.shape[0] * in->k.shape[1] * attn_ceil_div(in->q.shape[1] / in->k.shape[1] * in->q.shape[2], TASK_ROWS);
+}
+
 static int64_t part_count(const attn_dense_inputs *in)
 {
     if (in->q.ndim != 4 || in->k.ndim != 4 || in->v.ndim != 4 || in->k.shape[1] < 1 || in->v.shape[2] != in->k.shape[2]) {
         return 1; /* dense says what is wrong */
     }
     int64_t rows = in->q.shape[1] / in->k.shape[1] * in->q.shape[2];
-    int64_t tasks = in->q.shape[0] * in->k.shape[1] * attn_ceil_div(rows, TASK_ROWS);
     /* Up to a few rows dense itself splits the keys. */
-    return (tasks < FEW_TASKS || rows <= TASK_ROWS) && rows > DECODE_ROWS ? attn_ceil_div(in->k.shape[2], PART) : 1;
+    return (dense_tasks(in) < FEW_TASKS || rows <= TASK_ROWS) && rows > DECODE_ROWS ? attn_ceil_div(in->k.shape[2], PART) : 1;
 }
 
-/* What each part gives: o [parts][B,H,N,Dv] and lse [parts][B,H,N]; an arena per thread. */
+/* What each part gives: o [parts][B,H,N,Dv] and lse [parts][B,H,N]. Parts are computed side by side, by one thread and in an arena each,
+ * unless each alone has work for all threads. */
 typedef struct work {
     int64_t parts, rows, dv;
     float *o, *lse;
+    double *share; /* [parts] of a row */
     attn_arena **arenas;
-    int threads;
+    attn_exec each;
+    int threads, arena_count;
 } work;
 
 static void work_end(work *w)
 {
-    for (int i = 0; i < w->threads; i++) {
+    for (int i = 0; i < w->arena_count; i++) {
         attn_arena_destroy(w->arenas[i]);
     }
 }
@@ -73,20 +81,29 @@ static attn_status work_begin(work *w, const attn_dense_inputs *in, int64_t part
 {
     *w = (work){.parts = parts, .rows = in->q.shape[0] * in->q.shape[1] * in->q.shape[2], .dv = in->v.shape[3]};
     int64_t most = attn_max_i64(w->dv, in->q.shape[3]);
+    int one_by_one = threads == 1 || dense_tasks(in) >= FEW_TASKS;
+    w->threads = one_by_one ? 1 : threads;
+    w->each = (attn_exec){.threads = one_by_one ? threads : 1, .arena = arena};
     w->o = attn_arena_array(arena, (size_t)(parts * w->rows), (size_t)most * sizeof *w->o);
     w->lse = attn_arena_array(arena, (size_t)(parts * w->rows), sizeof *w->lse);
+    w->share = attn_arena_array(arena, (size_t)parts, sizeof *w->share);
     w->arenas = attn_arena_array(arena, (size_t)threads, sizeof *w->arenas);
-    if (w->o == NULL || w->lse == NULL || w->arenas == NULL) {
+    if (w->o == NULL || w->lse == NULL || w->share == NULL || w->arenas == NULL) {
         return attn_fail_memory((size_t)(parts * w->rows * (most + 1)) * sizeof(float));
     }
-    for (; w->threads < threads; w->threads++) {
-        attn_status status = attn_arena_create(&w->arenas[w->threads], 0);
+    for (; w->arena_count < w->threads && !one_by_one; w->arena_count++) {
+        attn_status status = attn_arena_create(&w->arenas[w->arena_count], 0);
         if (status != ATTN_OK) {
             work_end(w);
             return status;
         }
     }
     return ATTN_OK;
+}
+
+static attn_exec exec_of(const work *w)
+{
+    return w->arena_count == 0 ? w->each : (attn_exec){.threads = 1, .arena = w->arenas[omp_get_thread_num()]};
 }
 
 static attn_tensor part_o(const work *w, const attn_dense_inputs *in, int64_t part, int64_t width)
@@ -104,7 +121,7 @@ static attn_status run_parts(const attn_dense_settings *settings, const attn_den
         make_part(in, i * PART, attn_min_i64(PART, in->k.shape[2] - i * PART), &part);
         attn_tensor o = part_o(w, in, i, w->dv);
         attn_tensor lse = attn_tensor_make(w->lse + i * w->rows, ATTN_F32, 3, in->q.shape);
-        attn_exec exec = {.threads = 1, .arena = w->arenas[omp_get_thread_num()]};
+        attn_exec exec = exec_of(w);
         attn_status status = attn_dense_forward(settings, &part.in, &o, &lse, &exec);
         if (status != ATTN_OK) {
 #pragma omp critical(attn_pool_failure)
@@ -125,12 +142,13 @@ static double merge_row(const work *w, int64_t r)
         return top;
     }
     for (int64_t i = 0; i < w->parts; i++) {
-        sum += exp((double)w->lse[i * w->rows + r] - top);
+        w->share[i] = exp((double)w->lse[i * w->rows + r] - top);
+        sum += w->share[i];
     }
     for (int64_t c = 0; c < w->dv; c++) {
         double value = 0;
         for (int64_t i = 0; i < w->parts; i++) {
-            value += exp((double)w->lse[i * w->rows + r] - top) * (double)w->o[(i * w->rows + r) * w->dv + c];
+            value += w->share[i] * (double)w->o[(i * w->rows + r) * w->dv + c];
         }
         w->o[r * w->dv + c] = (float)(value / sum);
     }
@@ -196,7 +214,7 @@ static attn_status run_parts_back(const attn_dense_settings *settings, const att
             bias = slice(to->bias, 3, first, count);
             some.bias = &bias;
         }
-        attn_exec exec = {.threads = 1, .arena = w->arenas[omp_get_thread_num()]};
+        attn_exec exec = exec_of(w);
         attn_status status = attn_dense_backward(settings, &part.in, o, lse, grad_o, &some, &exec);
         if (status != ATTN_OK) {
 #pragma omp critical(attn_pool_failure)
