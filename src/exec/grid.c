@@ -6,6 +6,8 @@
 #include <omp.h>
 #include <string.h>
 
+#define LEAST_UNIT 4 /* fewer queries together see fewer keys that some do not need, up to a point */
+
 typedef enum grid_kind { FUSED, SCORES, VALUES } grid_kind;
 
 typedef struct forward {
@@ -22,6 +24,7 @@ typedef struct worker {
     float *q, *o, *s, *m, *l, *alpha;
     grid_row *rows;
     grid_piece *pieces;
+    unsigned char started[GRID_ROWS]; /* by the first row of a unit: it has seen keys */
     int hidden; /* some of the strip's queries do not see whole rows of the box */
 } worker;
 
@@ -126,17 +129,20 @@ static void attend(const forward *f, worker *x, const grid_task *t, int64_t head
     if (columns == 0 || f->kind == SCORES) {
         return;
     }
+    int add = f->kind == VALUES || x->started[r]; /* to the sums so far; o is zero before */
     if (f->kind == FUSED) {
         kernels->softmax(count, x->s, GRID_STEP, columns, x->m + r, x->l + r, x->alpha);
-        for (int64_t i = 0; i < count; i++) {
+        for (int64_t i = 0; i < count && add; i++) {
             if (x->alpha[i] != 1.0f) {
                 kernels->scale(x->o + (r + i) * w->dv_pad, w->dv_pad, x->alpha[i]);
             }
         }
     }
+    x->started[r] = 1;
     for (int64_t i = 0; i < used; i++) {
         kernels->product(count, w->dv_pad, parts[i].to - parts[i].from, x->s + parts[i].column, GRID_STEP, 1,
-                         x->v + parts[i].from * w->dv_pad, w->dv_pad, kernels->nr, x->o + r * w->dv_pad, w->dv_pad, 1);
+                         x->v + parts[i].from * w->dv_pad, w->dv_pad, kernels->nr, x->o + r * w->dv_pad, w->dv_pad,
+                         add || i > 0);
     }
 }
 
@@ -144,12 +150,10 @@ static void finish(const forward *f, worker *x, int64_t head, int64_t rows)
 {
     const grid_work *w = &f->work;
     for (int64_t r = 0; r < rows && f->kind != SCORES; r++) {
-        float *o = x->o + r * w->dv_pad, l = x->l[r];
+        float l = x->l[r];
         int64_t at = head * w->n + x->rows[r].token;
-        if (f->kind == FUSED) {
-            w->kernels->scale(o, w->g->dv, attn_softmax_inverse(l));
-        }
-        memcpy(f->o + at * w->g->dv, o, (size_t)w->g->dv * sizeof *o);
+        w->kernels->load_row(f->o + at * w->g->dv, x->o + r * w->dv_pad, ATTN_F32, w->g->dv,
+                             f->kind == FUSED ? attn_softmax_inverse(l) : 1);
         if (f->lse != NULL) {
             f->lse[at] = attn_softmax_lse(x->m[r], l);
         }
@@ -188,6 +192,7 @@ static void run_task(const forward *f, worker *x, const grid_task *t, int64_t pa
                 x->l[r] = 0;
             }
             memset(x->o, 0, (size_t)(rows * w->dv_pad) * sizeof *x->o);
+            memset(x->started, 0, sizeof x->started);
             grid_walk walk;
             attn_grid_walk_begin(&walk, t, all);
             while ((pieces = attn_grid_walk_next(&walk, w, t, GRID_STEP, x->pieces)) > 0) {
@@ -207,7 +212,8 @@ static attn_status run(forward *f, const attn_grid *grid, attn_arena *arena, int
     }
     grid_work *w = &f->work;
     attn_arena_mark mark = attn_arena_get_mark(arena);
-    ATTN_TRY(attn_grid_work_create(w, grid, attn_tile_kernels_get()->mr, arena));
+    int64_t mr = attn_tile_kernels_get()->mr;
+    ATTN_TRY(attn_grid_work_create(w, grid, attn_min_i64(LEAST_UNIT, mr), mr, arena));
     int64_t tasks = w->pairs * w->task_count;
     threads = (int)attn_min_i64(threads, attn_max_i64(tasks, 1));
     worker *workers = attn_arena_array(arena, (size_t)threads, sizeof *workers);

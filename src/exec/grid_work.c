@@ -8,6 +8,7 @@ enum { Z, Y, X };
 /* A key costs about as much to pack as this many products with a query. */
 #define PACK_COST 10.0
 #define ENOUGH_TASKS 16
+#define UNIT_COST 0.25 /* of a unit of queries besides its products, in queries */
 
 /* ---- Axes ---- */
 
@@ -72,44 +73,48 @@ static double mean_extent(const attn_grid_axis *a, int64_t count)
     return runs > 0 ? (double)sum / (double)runs : 0;
 }
 
-/* Rows of y that each unit of a tile takes times their window, per query, for the first tiles of a strip. */
-static double tile_cost(const grid_work *w, int64_t tile_y, int64_t tile_x)
+/* Products that each query of a tile takes, for the first tiles of a strip whose boxes have rows of `width` keys, `planes` of them. */
+static double tile_cost(const grid_work *w, int64_t unit, int64_t tile_y, int64_t tile_x, double width, double planes)
 {
     const attn_grid_axis *a = &w->axis[Y].a;
-    int64_t from, to, queries = 0;
-    double sum = 0;
+    int64_t from, to, queries = 0, vw = w->kernels->vw;
+    /* Scores go by whole vectors, values key by key. */
+    double sum = 0, more = (int64_t)ceil(width) % vw == 0 ? 0 : 0.5 * (double)vw;
     query_places(a, 0, &from, &to);
     to = attn_min_i64(to, from + 512);
     for (int64_t y = from; y < to; y += tile_y) {
         int64_t rows = attn_min_i64(tile_y, to - y) * tile_x;
-        for (int64_t r = 0; r < rows; r += w->unit) {
-            int64_t seen[2], last = attn_min_i64(rows, r + w->unit) - 1;
+        for (int64_t r = 0; r < rows; r += unit) {
+            int64_t seen[2], last = attn_min_i64(rows, r + unit) - 1;
             seen_places(a, 0, y + r / tile_x, y + last / tile_x + 1, seen);
-            /* A tile of registers costs the same when it is not full. */
-            sum += (double)(seen[1] - seen[0]) * (double)(attn_ceil_div(last + 1 - r, w->kernels->mr) * w->kernels->mr);
+            sum += ((double)(seen[1] - seen[0]) * width + more) * planes * ((double)(last + 1 - r) + UNIT_COST);
         }
         queries += rows;
     }
     return queries > 0 ? sum / (double)queries : 0;
 }
 
-static void choose_tile(grid_work *w)
+static void choose_tile(grid_work *w, int64_t least_unit, int64_t most_unit)
 {
     int64_t from, to, y_from, y_to;
     query_places(&w->axis[X].a, 0, &from, &to);
     query_places(&w->axis[Y].a, 0, &y_from, &y_to);
     double best = INFINITY, z = mean_extent(&w->axis[Z].a, 1), all_y = mean_extent(&w->axis[Y].a, y_to - y_from);
     double packs = attn_max_i64(y_to - y_from, 1) > 1 ? 2 : all_y * z; /* keys of a column packed per query of it */
+    w->unit = most_unit;
     w->tile_x = w->tile_y = 1;
     for (int64_t x = 1; x <= attn_min_i64(48, attn_max_i64(1, to - from)); x++) {
         double width = mean_extent(&w->axis[X].a, x), pack = PACK_COST * packs * width / (double)x;
         int64_t most = attn_max_i64(1, GRID_ROWS / x), least = attn_max_i64(1, GRID_ROWS / 2 / x);
         for (int64_t y = least; y <= most; y++) {
-            double cost = tile_cost(w, y, x) * width * z + pack;
-            if (cost < best * 0.999) {
-                best = cost;
-                w->tile_y = y;
-                w->tile_x = x;
+            for (int64_t unit = most_unit; unit >= least_unit; unit -= 2) {
+                double cost = tile_cost(w, unit, y, x, width, z) + pack;
+                if (cost < best * 0.999) {
+                    best = cost;
+                    w->unit = unit;
+                    w->tile_y = y;
+                    w->tile_x = x;
+                }
             }
         }
     }
@@ -164,15 +169,15 @@ static void add_tasks(grid_work *w, const int64_t group[3], int axis, int64_t ch
     }
 }
 
-attn_status attn_grid_work_create(grid_work *w, const attn_grid *grid, int64_t unit, attn_arena *arena)
+attn_status attn_grid_work_create(grid_work *w, const attn_grid *grid, int64_t least_unit, int64_t most_unit, attn_arena *arena)
 {
     const attn_tile_kernels *kernels = attn_tile_kernels_get();
     int64_t vw = kernels->vw, nr = kernels->nr;
-    *w = (grid_work){.g = grid, .kernels = kernels, .unit = unit, .d_pad = attn_ceil_div(grid->d, vw) * vw,
+    *w = (grid_work){.g = grid, .kernels = kernels, .d_pad = attn_ceil_div(grid->d, vw) * vw,
                      .dv_pad = attn_ceil_div(grid->dv, vw) * vw, .group = grid->heads / grid->kv_heads,
                      .pairs = grid->batch * grid->kv_heads};
     place_axes(w);
-    choose_tile(w);
+    choose_tile(w, least_unit, most_unit);
     int axis = w->axis[Z].a.n > 1 ? Z : Y;
     int64_t chunk = choose_chunk(w, axis);
     for (int pass = 0; pass < 2; pass++) {
@@ -205,28 +210,35 @@ int64_t attn_grid_key_token(const grid_work *w, const grid_task *t, int64_t key)
     return token;
 }
 
-static int64_t next_token(const grid_work *w, const grid_task *t, grid_packing *p)
+/* The next keys, at most `most`, that lie side by side; their first token. */
+static int64_t next_run(const grid_work *w, const grid_task *t, grid_packing *p, int64_t most, int64_t *token)
 {
+    int64_t step = w->axis[X].a.dilation * w->axis[X].key_step;
     if (p->left == 0) {
         p->left = grid_task_extent(t, X);
         p->token = attn_grid_key_token(w, t, p->key);
-    } else {
-        p->token += w->axis[X].a.dilation * w->axis[X].key_step;
     }
-    p->left--;
-    p->key++;
-    return p->token;
+    int64_t count = step == 1 ? attn_min_i64(p->left, most) : 1;
+    *token = p->token;
+    p->token += count * step;
+    p->left -= count;
+    p->key += count;
+    return count;
 }
 
-/* One row of keys or values, number `key` of the box and `i` of its panel. */
-static void pack_row(const float *from, int64_t width, int64_t pad, int64_t key, int64_t i, float *rows, float *scratch)
+/* Some rows of keys or values, from number `key` of the box and `i` of its panel on. memcpy would copy runs of this length byte by byte. */
+static void pack_rows(const grid_work *w, const float *from, int64_t count, int64_t width, int64_t pad, int64_t key, int64_t i, float *rows,
+                      float *scratch)
 {
-    if (rows != NULL) {
-        memcpy(rows + key * pad, from, (size_t)width * sizeof *rows);
-        memset(rows + key * pad + width, 0, (size_t)(pad - width) * sizeof *rows);
+    if (rows != NULL && width == pad) {
+        w->kernels->load_row(rows + key * pad, from, ATTN_F32, count * width, 1);
+    }
+    for (int64_t r = 0; r < count && rows != NULL && width < pad; r++) {
+        memcpy(rows + (key + r) * pad, from + r * width, (size_t)width * sizeof *rows);
+        memset(rows + (key + r) * pad + width, 0, (size_t)(pad - width) * sizeof *rows);
     }
     if (scratch != NULL) {
-        memcpy(scratch + i * width, from, (size_t)width * sizeof *scratch);
+        w->kernels->load_row(scratch + i * width, from, ATTN_F32, count * width, 1);
     }
 }
 
@@ -245,9 +257,9 @@ void attn_grid_pack(const grid_work *w, const grid_task *t, grid_packing *packin
     int64_t nr = w->kernels->nr, keys = grid_task_keys(t);
     while (packing->key < to) {
         int64_t first = packing->key, count = attn_min_i64(nr, keys - first);
-        for (int64_t i = 0; i < count; i++) {
-            pack_row(from + (pair * w->m + next_token(w, t, packing)) * width, width, pad, first + i, i, rows,
-                     panels != NULL ? scratch : NULL);
+        for (int64_t i = 0, token, run; i < count; i += run) {
+            run = next_run(w, t, packing, count - i, &token);
+            pack_rows(w, from + (pair * w->m + token) * width, run, width, pad, first + i, i, rows, panels != NULL ? scratch : NULL);
         }
         pack_panel(w, first, count, width, panels, scratch);
     }
@@ -259,9 +271,7 @@ void attn_grid_pack_extra(const grid_work *w, const grid_task *t, int64_t pair, 
     int64_t nr = w->kernels->nr, first = grid_extra_first(w, t), all = w->g->extra;
     for (int64_t j = 0; j < all; j += nr) {
         int64_t count = attn_min_i64(nr, all - j);
-        for (int64_t i = 0; i < count; i++) {
-            pack_row(extra + (pair * all + j + i) * width, width, pad, first + j + i, i, rows, panels != NULL ? scratch : NULL);
-        }
+        pack_rows(w, extra + (pair * all + j) * width, count, width, pad, first + j, 0, rows, panels != NULL ? scratch : NULL);
         pack_panel(w, first + j, count, width, panels, scratch);
     }
 }

@@ -53,7 +53,8 @@ typedef struct grid_union {
     int alike;
 } grid_union;
 
-attn_status attn_grid_work_create(grid_work *w, const attn_grid *grid, int64_t unit, attn_arena *arena);
+/* The unit is chosen between the two, every second size. */
+attn_status attn_grid_work_create(grid_work *w, const attn_grid *grid, int64_t least_unit, int64_t most_unit, attn_arena *arena);
 
 static inline int64_t grid_task_extent(const grid_task *t, int axis) { return t->key[axis][1] - t->key[axis][0]; }
 /* Keys of the box, and where extra ones begin. */
