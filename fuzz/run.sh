@@ -11,14 +11,8 @@ if [ ! -f $build/build.ninja ]; then
         -Dwerror=false -Dc_args=-fsanitize=fuzzer-no-link >$build.log 2>&1 || { cat $build.log; exit 1; }
 fi
 ninja -C $build >$build.log 2>&1 || { tail -n 30 $build.log; exit 1; }
-mkdir -p $build/corpus/{gguf,model,plan,safetensors,spec,tokenizer} $build/crashes
-${CC:-cc} -o $build/seeds fuzz/seeds.c && $build/seeds $build/corpus/gguf/llama && cp $build/corpus/gguf/llama $build/corpus/model/
-find tests/golden -name '*.safetensors' -size -16k -exec cp {} $build/corpus/safetensors/ \;
-i=0
-$build/cli/attn list | cut -d' ' -f1 | while read -r name; do
-    i=$((i + 1))
-    printf '%s:scale=0.5,grid=[2,3],causal=true,window=[-1,3],heads=2' "$name" >"$build/corpus/spec/$i"
-done
+mkdir -p $build/crashes
+${CC:-cc} -o $build/seeds fuzz/seeds.c && fuzz/seeds.sh $build/cli/attn $build/seeds $build/corpus || exit 1
 passed=0 failed=0
 for name in ${*:-gguf model plan safetensors spec tokenizer}; do
     log=$build/fuzz_$name.log
