@@ -731,6 +731,47 @@ static void spans_change_nothing(void **unused)
     }
 }
 
+/* When only the last logits are wanted, the last layer does without the other tokens' queries. */
+static void last_tokens_alone(void **unused)
+{
+    (void)unused;
+    static float one[TOKENS * VOCABULARY];
+    for (int i = 0; i < 8; i++) {
+        int gemma = i & 1, watched = i & 2, bytes = i & 4;
+        tiny t;
+        make(&t, specs[gemma ? 7 : 0]);
+        attn_model *model = open_model(&t);
+        attn_context *context = make_context(
+            model, (attn_context_settings){.sequences = 4, .chunk = 8, .threads = 2, .cache = bytes ? ATTN_I8 : ATTN_F32});
+        eval(context, 3, test_tokens(), TOKENS, one);
+        plugged p = {0};
+        attn_llm_attention mechanism = {.prefill = watched ? on_prefill : NULL, .decode = on_decode, .user = &p};
+        assert_int_equal(attn_context_set_attention(context, LAYERS - 1, &mechanism), ATTN_OK);
+        eval(context, 1, test_tokens(), 5, NULL);
+        attn_context_batch batch[] = {{0, test_tokens(), 21}, {1, test_tokens() + 5, 1}, {2, test_tokens(), 18}};
+        assert_int_equal(attn_context_eval(context, batch, 3, NULL, NULL), ATTN_OK);
+        assert_int_equal(p.decodes, 1);
+        static const int last[3] = {20, 5, 17};
+        for (int j = 0; j < 3 * VOCABULARY; j++) {
+            float got = attn_context_logits(context, j / VOCABULARY)[j % VOCABULARY];
+            float expected = one[last[j / VOCABULARY] * VOCABULARY + j % VOCABULARY];
+            if (!(fabsf(got - expected) < (bytes ? 0.05f : 1e-4f))) {
+                fail_msg("%s, i = %d: item %d, logit %d: %g, with all logits %g", t.spec.arch, i, j / VOCABULARY, j % VOCABULARY,
+                         (double)got, (double)expected);
+            }
+        }
+        /* What the caches hold serves what follows. */
+        attn_context_batch next = {2, test_tokens() + 18, 1};
+        assert_int_equal(attn_context_eval(context, &next, 1, NULL, NULL), ATTN_OK);
+        for (int v = 0; v < VOCABULARY; v++) {
+            assert_true(fabsf(attn_context_logits(context, 0)[v] - one[18 * VOCABULARY + v]) < (bytes ? 0.05f : 1e-4f));
+        }
+        attn_context_destroy(context);
+        attn_model_close(model);
+        drop(&t);
+    }
+}
+
 static void evaluation_is_checked(void **unused)
 {
     (void)unused;
@@ -896,7 +937,8 @@ int main(void)
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(architectures_match),    cmocka_unit_test(caches_match),
         cmocka_unit_test(threads_and_batches_agree), cmocka_unit_test(sequences_cut_and_copy),
-        cmocka_unit_test(mechanisms_plug_in), cmocka_unit_test(spans_change_nothing),     cmocka_unit_test(evaluation_is_checked),
+        cmocka_unit_test(mechanisms_plug_in),     cmocka_unit_test(spans_change_nothing),
+        cmocka_unit_test(last_tokens_alone),      cmocka_unit_test(evaluation_is_checked),
         cmocka_unit_test(bad_files_are_refused),  cmocka_unit_test(survives_damage),
         cmocka_unit_test(allocations_may_fail),
     };

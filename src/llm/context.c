@@ -12,6 +12,9 @@
  *                  x += W attention(q, cache)
  *                  x += W (act(W h) * W h) with h = norm(x)
  *     logits [V] = W norm(x)
+ *
+ * Where only the last tokens' logits are wanted, the last layer caches the keys and values of all tokens, and goes on with those that
+ * answer alone.
  */
 #include "llm/context.h"
 
@@ -32,6 +35,7 @@ typedef struct row {
     int item;         /* of the batch */
     int64_t index;    /* within its item */
     int64_t position;
+    int last; /* of its item */
 } row;
 
 /* Consecutive rows of one sequence. `begin` counts in the span. */
@@ -323,26 +327,32 @@ static void spread(const attn_context *c, float *x, int64_t heads)
     }
 }
 
-/* x to rotated queries, and keys and values in the cache. */
-static void before_attention(const worker *w)
+/* x to rotated queries. */
+static void finish_queries(const worker *w)
+{
+    const attn_model_info *info = &w->c->model->info;
+    int64_t width = info->heads * info->head_width;
+    EACH_ROW(w, r) {
+        float *q = w->c->q + (w->begin + r) * width;
+        finish_heads(w, q, info->heads, w->layer->q_bias, w->layer->q_norm, w->begin + r);
+        spread(w->c, q, info->heads);
+    }
+}
+
+/* Keys and values to the cache. */
+static void finish_keys(const worker *w)
 {
     attn_context *c = w->c;
     const attn_model_layer *l = w->layer;
     const attn_model_info *info = &c->model->info;
-    int64_t q_width = info->heads * info->head_width, k_width = info->kv_heads * info->head_width;
-    float *q = c->q + w->begin * q_width;
-    const attn_quant_product products[] = {{&l->q, q, q_width}, {&l->k, c->k, k_width}, {&l->v, c->v, k_width}};
-    norm_rows(w, l->attention_norm);
-    multiply(w, &c->in_width, products, 3);
+    int64_t width = info->kv_heads * info->head_width;
     EACH_ROW(w, r) {
-        float *k = c->k + r * k_width, *v = c->v + r * k_width;
+        float *k = c->k + r * width, *v = c->v + r * width;
         const row *token = &c->rows[w->begin + r];
-        finish_heads(w, q + r * q_width, info->heads, l->q_bias, l->q_norm, w->begin + r);
         finish_heads(w, k, info->kv_heads, l->k_bias, l->k_norm, w->begin + r);
         if (l->v_bias != NULL) {
-            kernels()->add(v, l->v_bias, k_width);
+            kernels()->add(v, l->v_bias, width);
         }
-        spread(c, q + r * q_width, info->heads);
         spread(c, k, info->kv_heads);
         spread(c, v, info->kv_heads);
         attn_kv *kv = cache_of(c, token->sequence, w->layer_index);
@@ -351,6 +361,26 @@ static void before_attention(const worker *w)
         }
     }
 }
+
+static void project(const worker *w, int queries, int keys)
+{
+    attn_context *c = w->c;
+    const attn_model_layer *l = w->layer;
+    int64_t q_width = c->model->info.heads * c->model->info.head_width, k_width = c->model->info.kv_heads * c->model->info.head_width;
+    const attn_quant_product products[] = {{&l->q, c->q + w->begin * q_width, q_width}, {&l->k, c->k, k_width}, {&l->v, c->v, k_width}};
+    norm_rows(w, l->attention_norm);
+    multiply(w, &c->in_width, products + !queries, queries + 2 * keys);
+    if (queries) {
+        finish_queries(w);
+    }
+    if (keys) {
+        finish_keys(w);
+    }
+}
+
+static void before_attention(const worker *w) { project(w, 1, 1); }
+static void only_queries(const worker *w) { project(w, 1, 0); }
+static void only_keys(const worker *w) { project(w, 0, 1); }
 
 /* What attention mixed, through the output projection and the feed-forward part. */
 static void after_attention(const worker *w)
@@ -383,16 +413,19 @@ static void after_attention(const worker *w)
     add_rows(w, c->h, NULL, l->post_ffn_norm);
 }
 
-/* One part of a layer for rows begin ... begin+n-1 of the span, a chunk at most. */
-static void run_part(attn_context *c, int64_t layer, int64_t begin, int64_t n, void (*part)(const worker *w))
+/* One part of a layer for rows begin ... begin+n-1 of the span, a chunk at a time. */
+static void run_parts(attn_context *c, int64_t layer, int64_t begin, int64_t n, void (*part)(const worker *w))
 {
     double start = seconds_now();
-    c->in_width.tokens = c->in_heads.tokens = c->in_hidden.tokens = n;
-    c->in_heads.x = c->mixed + begin * c->model->info.heads * c->model->info.head_width;
+    for (int64_t end = begin + n, rows; begin < end; begin += rows) {
+        rows = attn_min_i64(c->settings.chunk, end - begin);
+        c->in_width.tokens = c->in_heads.tokens = c->in_hidden.tokens = rows;
+        c->in_heads.x = c->mixed + begin * c->model->info.heads * c->model->info.head_width;
 #pragma omp parallel num_threads(c->threads)
-    {
-        worker w = {c, &c->model->layers[layer], layer, begin, n, omp_get_thread_num(), omp_get_num_threads()};
-        part(&w);
+        {
+            worker w = {c, &c->model->layers[layer], layer, begin, rows, omp_get_thread_num(), omp_get_num_threads()};
+            part(&w);
+        }
     }
     c->stats.linear_seconds += seconds_now() - start;
 }
@@ -461,11 +494,11 @@ static double count_pairs(int64_t before, int64_t n, int64_t window)
     return pairs;
 }
 
-static attn_status attend(attn_context *c, int64_t layer, const segment *s)
+/* `compute` NULL: exactly. */
+static attn_status attend(attn_context *c, int64_t layer, const segment *s, attn_status (*compute)(void *, const attn_llm_call *))
 {
     const attn_model_info *info = &c->model->info;
     attn_kv *kv = cache_of(c, s->sequence, layer);
-    const attn_llm_attention *mechanism = &c->attention[layer];
     int64_t most = 0, group = info->heads / info->kv_heads, q_width = info->heads * info->head_width;
     for (int64_t g = 0; g < info->kv_heads; g++) {
         c->key_counts[g] = kv->counts[g] + s->count;
@@ -488,9 +521,8 @@ static attn_status attend(attn_context *c, int64_t layer, const segment *s)
         call.k_scale = cache_view(kv, kv->k_scale, ATTN_F32, most, 1);
         call.v_scale = cache_view(kv, kv->v_scale, ATTN_F32, most, 1);
     }
-    attn_status (*compute)(void *, const attn_llm_call *) = s->count > 1 ? mechanism->prefill : mechanism->decode;
     double start = seconds_now();
-    attn_status status = compute != NULL ? compute(mechanism->user, &call) : attn_llm_exact(&call, 0, info->kv_heads);
+    attn_status status = compute != NULL ? compute(c->attention[layer].user, &call) : attn_llm_exact(&call, 0, info->kv_heads);
     c->stats.attention_seconds += seconds_now() - start;
     return status;
 }
@@ -502,52 +534,91 @@ static segment cut(const segment *s, int64_t begin, int64_t n)
     return (segment){s->sequence, first, end - first, s->position + first - s->begin};
 }
 
-/* A layer, chunk after chunk. */
-static attn_status run_chunks(attn_context *c, int64_t layer, int64_t n, int64_t segment_count)
+/* Room in the caches of a layer for rows begin ... begin+n-1. */
+static attn_status reserve(attn_context *c, int64_t layer, int64_t begin, int64_t n, int64_t segment_count)
 {
-    int64_t chunk = c->settings.chunk;
-    for (int64_t begin = 0; begin < n; begin += chunk) {
-        int64_t rows = attn_min_i64(chunk, n - begin);
-        for (int64_t s = 0; s < segment_count; s++) {
-            segment piece = cut(&c->segments[s], begin, rows);
-            if (piece.count > 0) {
-                attn_kv *kv = cache_of(c, piece.sequence, layer);
-                attn_kv_advance(kv, piece.position); /* past the chunks before */
-                ATTN_TRY(attn_kv_reserve(kv, piece.count));
-            }
+    for (int64_t s = 0; s < segment_count; s++) {
+        segment piece = cut(&c->segments[s], begin, n);
+        if (piece.count > 0) {
+            attn_kv *kv = cache_of(c, piece.sequence, layer);
+            attn_kv_advance(kv, piece.position); /* past the rows before */
+            ATTN_TRY(attn_kv_reserve(kv, piece.count));
         }
-        run_part(c, layer, begin, rows, before_attention);
-        for (int64_t s = 0; s < segment_count; s++) {
-            segment piece = cut(&c->segments[s], begin, rows);
-            if (piece.count > 0) {
-                ATTN_TRY(attend(c, layer, &piece));
-            }
-        }
-        run_part(c, layer, begin, rows, after_attention);
     }
     return ATTN_OK;
 }
 
-/* A layer whose mechanism sees all queries of the span. */
-static attn_status run_together(attn_context *c, int64_t layer, int64_t n, int64_t segment_count)
+static attn_status attend_rows(attn_context *c, int64_t layer, int64_t begin, int64_t n, int64_t segment_count)
 {
-    int64_t chunk = c->settings.chunk;
+    const attn_llm_attention *mechanism = &c->attention[layer];
     for (int64_t s = 0; s < segment_count; s++) {
-        ATTN_TRY(attn_kv_reserve(cache_of(c, c->segments[s].sequence, layer), c->segments[s].count));
-    }
-    for (int64_t begin = 0; begin < n; begin += chunk) {
-        run_part(c, layer, begin, attn_min_i64(chunk, n - begin), before_attention);
-    }
-    for (int64_t s = 0; s < segment_count; s++) {
-        ATTN_TRY(attend(c, layer, &c->segments[s]));
-    }
-    for (int64_t begin = 0; begin < n; begin += chunk) {
-        run_part(c, layer, begin, attn_min_i64(chunk, n - begin), after_attention);
+        segment piece = cut(&c->segments[s], begin, n);
+        if (piece.count > 0) {
+            ATTN_TRY(attend(c, layer, &piece, piece.count > 1 ? mechanism->prefill : mechanism->decode));
+        }
     }
     return ATTN_OK;
 }
 
-static attn_status run_layers(attn_context *c, int64_t n, int64_t segment_count, double done, double share)
+/* The rows that end an item become the first of the span. */
+static void keep_answers(attn_context *c, int64_t n)
+{
+    int64_t width = c->model->info.width, heads_width = c->model->info.heads * c->model->info.head_width, to = 0;
+    for (int64_t r = 0; r < n; r++) {
+        if (!c->rows[r].last || to++ == r) {
+            continue;
+        }
+        c->rows[to - 1] = c->rows[r];
+        memcpy(c->x + (to - 1) * width, c->x + r * width, (size_t)width * sizeof *c->x);
+        memcpy(c->mixed + (to - 1) * heads_width, c->mixed + r * heads_width, (size_t)heads_width * sizeof *c->mixed);
+        for (int i = 0; i < 2 && c->angles[i] != NULL; i++) {
+            int64_t dims = c->model->ropes[i].dims;
+            memcpy(c->angles[i] + (to - 1) * dims, c->angles[i] + r * dims, (size_t)dims * sizeof(float));
+        }
+    }
+}
+
+/* The queries of the answers, once the keys of all rows are stored. */
+static attn_status attend_answers(attn_context *c, int64_t layer, int64_t answers)
+{
+    run_parts(c, layer, 0, answers, only_queries);
+    for (int64_t r = 0; r < answers; r++) {
+        const row *token = &c->rows[r];
+        segment last = {token->sequence, r, 1, token->position};
+        attn_kv_advance(cache_of(c, last.sequence, layer), last.position);
+        ATTN_TRY(attend(c, layer, &last, token->index == 0 ? c->attention[layer].decode : NULL)); /* 0: an item of one token */
+    }
+    return ATTN_OK;
+}
+
+/* A layer, chunk after chunk, or at once when its mechanism sees all queries of the span. `answers` rows go on after it: all n, or,
+ * after the last layer, those that end an item. Exact attention leaves out the queries of the others; mechanisms choose by them. */
+static attn_status run_layer(attn_context *c, int64_t layer, int64_t n, int64_t segment_count, int64_t answers)
+{
+    int together = c->attention[layer].span > 0 && c->model->layers[layer].window == 0;
+    int all = answers == n, queries = all || c->attention[layer].prefill != NULL;
+    for (int64_t begin = 0, rows; begin < n; begin += rows) {
+        rows = attn_min_i64(together ? n : c->settings.chunk, n - begin);
+        ATTN_TRY(reserve(c, layer, begin, rows, segment_count));
+        run_parts(c, layer, begin, rows, queries ? before_attention : only_keys);
+        if (queries) {
+            ATTN_TRY(attend_rows(c, layer, begin, rows, segment_count));
+        }
+        if (all) {
+            run_parts(c, layer, begin, rows, after_attention);
+        }
+    }
+    if (!all) {
+        keep_answers(c, n);
+        if (!queries) {
+            ATTN_TRY(attend_answers(c, layer, answers));
+        }
+        run_parts(c, layer, 0, answers, after_attention);
+    }
+    return ATTN_OK;
+}
+
+static attn_status run_layers(attn_context *c, int64_t n, int64_t segment_count, int64_t answers, double done, double share)
 {
     int64_t layers = c->model->info.layers;
     for (int64_t layer = 0; layer < layers; layer++) {
@@ -555,8 +626,7 @@ static attn_status run_layers(attn_context *c, int64_t n, int64_t segment_count,
             c->settings.progress(c->settings.user, done + share * (double)layer / (double)layers) != 0) {
             return attn_fail(ATTN_ERR_CANCELLED, "evaluation was cancelled");
         }
-        int together = c->attention[layer].span > 0 && c->model->layers[layer].window == 0;
-        ATTN_TRY((together ? run_together : run_chunks)(c, layer, n, segment_count));
+        ATTN_TRY(run_layer(c, layer, n, segment_count, layer == layers - 1 ? answers : n));
     }
     return ATTN_OK;
 }
@@ -620,13 +690,13 @@ static attn_status reserve_logits(attn_context *c, int64_t rows)
                              : attn_fail_memory((size_t)rows * (size_t)c->model->info.vocabulary * sizeof *c->logits);
 }
 
-/* Logits of the rows from[0 ... count - 1] of x into out. */
-static void compute_logits(attn_context *c, const int64_t *from, int64_t count, float *out)
+/* Logits of rows begin ... begin+count-1 of x into out. */
+static void compute_logits(attn_context *c, int64_t begin, int64_t count, float *out)
 {
     double start = seconds_now();
     int64_t width = c->model->info.width, vocabulary = c->model->info.vocabulary;
     for (int64_t i = 0; i < count; i++) {
-        kernels()->rms_norm(c->x + from[i] * width, c->model->output_norm, width, c->model->epsilon, c->h + i * width);
+        kernels()->rms_norm(c->x + (begin + i) * width, c->model->output_norm, width, c->model->epsilon, c->h + i * width);
     }
     c->in_logits.tokens = count;
     for (int64_t i = 0; i < count; i++) {
@@ -657,11 +727,8 @@ static attn_status give_each(attn_context *c, int64_t n, attn_context_each each,
     int64_t most = each_rows(c);
     ATTN_TRY(reserve_logits(c, attn_min_i64(n, most)));
     for (int64_t begin = 0; begin < n; begin += most) {
-        int64_t count = attn_min_i64(most, n - begin), from[EACH_ROWS];
-        for (int64_t i = 0; i < count; i++) {
-            from[i] = begin + i;
-        }
-        compute_logits(c, from, count, c->logits);
+        int64_t count = attn_min_i64(most, n - begin);
+        compute_logits(c, begin, count, c->logits);
         for (int64_t i = 0; i < count; i++) {
             const row *r = &c->rows[begin + i];
             if (each(user, r->item, r->index, c->logits + i * c->model->info.vocabulary) != 0) {
@@ -672,19 +739,13 @@ static attn_status give_each(attn_context *c, int64_t n, attn_context_each each,
     return ATTN_OK;
 }
 
-/* The rows that end an item. Items come in order, so their logits are neighbours. */
-static void answer_last(attn_context *c, int64_t n, const attn_context_batch *batch)
+/* The first n rows, each of which ends an item. Items come in order, so their logits are neighbours. */
+static void answer_last(attn_context *c, int64_t n)
 {
-    int64_t from[EACH_ROWS], count = 0;
-    for (int64_t r = 0; r < n; r++) {
-        if (c->rows[r].index == batch[c->rows[r].item].count - 1) {
-            from[count++] = r;
-        }
-        if (count == each_rows(c) || (r == n - 1 && count > 0)) {
-            compute_logits(c, from, count, c->logits + c->answered * c->model->info.vocabulary);
-            c->answered += (int)count;
-            count = 0;
-        }
+    for (int64_t begin = 0, count; begin < n; begin += count) {
+        count = attn_min_i64(each_rows(c), n - begin);
+        compute_logits(c, begin, count, c->logits + c->answered * c->model->info.vocabulary);
+        c->answered += (int)count;
     }
 }
 
@@ -744,7 +805,8 @@ static int64_t next_span(attn_context *c, const attn_context_batch *batch, int c
         int64_t take = attn_min_i64(b->count - *token, c->span - n), position = c->lengths[b->sequence];
         c->segments[(*segment_count)++] = (segment){b->sequence, n, take, position};
         for (int64_t i = 0; i < take; i++) {
-            c->rows[n++] = (row){b->tokens[*token + i], b->sequence, *item, *token + i, position + i};
+            c->rows[n++] = (row){b->tokens[*token + i], b->sequence, *item, *token + i, position + i,
+                                    *token + i == b->count - 1};
         }
         *token += take;
         if (*token == b->count) {
@@ -753,6 +815,16 @@ static int64_t next_span(attn_context *c, const attn_context_batch *batch, int c
         }
     }
     return n;
+}
+
+/* Rows that end an item. */
+static int64_t count_last(const attn_context *c, int64_t n)
+{
+    int64_t count = 0;
+    for (int64_t r = 0; r < n; r++) {
+        count += c->rows[r].last;
+    }
+    return count;
 }
 
 static attn_status eval(attn_context *c, const attn_context_batch *batch, int count, attn_context_each each, void *user)
@@ -773,7 +845,8 @@ static attn_status eval(attn_context *c, const attn_context_batch *batch, int co
         for (int i = 0; i < 2 && c->angles[i] != NULL; i++) {
             fill_angles(c, i, segment_count);
         }
-        attn_status status = run_layers(c, n, segment_count, (double)done / (double)total, (double)n / (double)total);
+        int64_t answers = each != NULL ? n : count_last(c, n);
+        attn_status status = run_layers(c, n, segment_count, answers, (double)done / (double)total, (double)n / (double)total);
         if (status != ATTN_OK) {
             roll_back(c, segment_count);
             return status;
@@ -783,7 +856,7 @@ static attn_status eval(attn_context *c, const attn_context_batch *batch, int co
         if (each != NULL) {
             ATTN_TRY(give_each(c, n, each, user));
         } else {
-            answer_last(c, n, batch);
+            answer_last(c, answers);
         }
         done += n;
     }
