@@ -1,5 +1,7 @@
 /* Tokenizers, chat templates and sampling on small vocabularies made here. The comparison with reference tokenizers on real models is
  * tests/reference/check_tokenizer.py. */
+#include "core/random.h"
+
 #include <attn/sample.h>
 #include <attn/tokenizer.h>
 
@@ -194,6 +196,69 @@ static void test_chat(void **state)
 
 /* ---- Sampling ---- */
 
+enum { MANY = 3000 };
+static const float *order_logits;
+
+static int by_logit(const void *a, const void *b)
+{
+    int32_t x = *(const int32_t *)a, y = *(const int32_t *)b;
+    return order_logits[x] != order_logits[y] ? (order_logits[x] > order_logits[y] ? -1 : 1) : (x > y) - (x < y);
+}
+
+/* Against the definition over all tokens, sorted: the same draws. */
+static void test_sampling_many(void **state)
+{
+    (void)state;
+    static float logits[MANY];
+    static int32_t order[MANY];
+    static const attn_sampler_settings cases[] = {
+        {.temperature = 1, .top_p = 1, .repeat_penalty = 1},
+        {.temperature = 3, .top_p = 1, .repeat_penalty = 1},
+        {.temperature = 2, .top_p = 1, .repeat_penalty = 1, .top_k = 700},
+        {.temperature = 2, .top_p = 0.9, .repeat_penalty = 1},
+        {.temperature = 2, .top_p = 0.999, .repeat_penalty = 1, .top_k = 1500},
+        {.temperature = 1.5, .top_p = 1, .repeat_penalty = 1, .min_p = 0.002},
+    };
+    attn_random random, draws;
+    attn_random_seed(&random, 5);
+    for (size_t c = 0; c < sizeof cases / sizeof *cases; c++) {
+        attn_sampler_settings set = cases[c];
+        set.seed = c + 1;
+        attn_sampler *s;
+        assert_int_equal(attn_sampler_create(&s, &set, MANY), ATTN_OK);
+        attn_random_seed(&draws, set.seed);
+        for (int turn = 0; turn < 50; turn++) {
+            for (int i = 0; i < MANY; i++) {
+                logits[i] = (float)(attn_random_uniform(&random) * 12), order[i] = i;
+            }
+            order_logits = logits;
+            qsort(order, MANY, sizeof *order, by_logit);
+            int64_t most = set.top_k > 0 ? set.top_k : MANY, left = 0;
+            double sum = 0, reached = 0;
+            for (int64_t i = 0; i < most; i++) {
+                sum += exp((double)(logits[order[i]] - logits[order[0]]) / set.temperature);
+            }
+            for (; left < most; left++) {
+                double likelihood = exp((double)(logits[order[left]] - logits[order[0]]) / set.temperature);
+                if (left > 0 && (reached >= set.top_p * sum || likelihood < set.min_p)) {
+                    break;
+                }
+                reached += likelihood;
+            }
+            double draw = attn_random_uniform(&draws) * reached;
+            int64_t at = -1;
+            while (++at < left - 1 && (draw -= exp((double)(logits[order[at]] - logits[order[0]]) / set.temperature)) >= 0) {
+            }
+            int32_t got = attn_sampler_next(s, logits);
+            if (got != order[at]) {
+                fail_msg("case %zu, turn %d: token %d, expected %d (rank %lld of %lld)", c, turn, got, order[at], (long long)at,
+                         (long long)left);
+            }
+        }
+        attn_sampler_destroy(s);
+    }
+}
+
 static void test_sampling(void **state)
 {
     (void)state;
@@ -249,6 +314,7 @@ int main(void)
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(test_merges_and_words), cmocka_unit_test(test_round_trip), cmocka_unit_test(test_errors),
         cmocka_unit_test(test_scores_and_byte_fallback), cmocka_unit_test(test_chat), cmocka_unit_test(test_sampling),
+        cmocka_unit_test(test_sampling_many),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }

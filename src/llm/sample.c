@@ -7,18 +7,22 @@
 #include <stdlib.h>
 
 #define WINDOW_LIMIT 65536
+#define LANES 32       /* logits compared together, so that compilers use vectors */
+#define NEGLIGIBLE 50.0 /* tokens e^50 times less likely than the best are below the rounding of their sum */
+#define SORTED_FIRST 256
 
 typedef struct candidate {
     float logit;
     int32_t token;
-    double probability;
 } candidate;
 
 struct attn_sampler {
     attn_sampler_settings settings;
     attn_random random;
     int64_t vocabulary;
-    candidate *candidates;
+    float *logits;         /* penalised, -inf instead of NaN */
+    candidate *candidates; /* the first `sorted` are the best, best first */
+    int64_t count, sorted;
     int32_t *recent; /* ring of repeat_window */
     int64_t accepted;
 };
@@ -66,12 +70,13 @@ attn_status attn_sampler_create(attn_sampler **sampler, const attn_sampler_setti
     attn_sampler *made = attn_calloc_array(1, sizeof *made);
     if (made != NULL) {
         *made = (attn_sampler){.settings = own, .vocabulary = vocabulary};
+        made->logits = attn_alloc_array((size_t)vocabulary, sizeof *made->logits);
         made->candidates = attn_alloc_array((size_t)vocabulary, sizeof *made->candidates);
         made->recent = attn_alloc_array((size_t)own.repeat_window + 1, sizeof *made->recent);
     }
-    if (made == NULL || made->candidates == NULL || made->recent == NULL) {
+    if (made == NULL || made->logits == NULL || made->candidates == NULL || made->recent == NULL) {
         attn_sampler_destroy(made);
-        return attn_fail_memory((size_t)vocabulary * sizeof *made->candidates);
+        return attn_fail_memory((size_t)vocabulary * (sizeof *made->logits + sizeof *made->candidates));
     }
     attn_random_seed(&made->random, own.seed);
     *sampler = made;
@@ -81,6 +86,7 @@ attn_status attn_sampler_create(attn_sampler **sampler, const attn_sampler_setti
 void attn_sampler_destroy(attn_sampler *sampler)
 {
     if (sampler != NULL) {
+        attn_free(sampler->logits);
         attn_free(sampler->candidates);
         attn_free(sampler->recent);
         attn_free(sampler);
@@ -113,7 +119,7 @@ static void penalise(attn_sampler *s)
             seen = s->recent[j] == token;
         }
         if (!seen) {
-            float *logit = &s->candidates[token].logit;
+            float *logit = &s->logits[token];
             *logit = *logit > 0 ? *logit / (float)s->settings.repeat_penalty : *logit * (float)s->settings.repeat_penalty;
         }
     }
@@ -153,46 +159,86 @@ static void select_best(candidate *c, int64_t count, int64_t keep)
     qsort(c, (size_t)count, sizeof *c, by_logit);
 }
 
+static float largest(const float *x, int64_t count)
+{
+    float lane[LANES], top = -INFINITY;
+    int64_t whole = count / LANES * LANES;
+    for (int l = 0; l < LANES; l++) {
+        lane[l] = -INFINITY;
+    }
+    for (int64_t i = 0; i < whole; i += LANES) {
+        for (int l = 0; l < LANES; l++) {
+            lane[l] = x[i + l] > lane[l] ? x[i + l] : lane[l];
+        }
+    }
+    for (int l = 0; l < LANES; l++) {
+        top = lane[l] > top ? lane[l] : top;
+    }
+    for (int64_t i = whole; i < count; i++) {
+        top = x[i] > top ? x[i] : top;
+    }
+    return top;
+}
+
+/* The next best candidate; sorting goes only as far as it is asked for. */
+static const candidate *ranked(attn_sampler *s, int64_t rank)
+{
+    while (rank >= s->sorted) {
+        int64_t more = attn_min_i64(attn_max_i64(SORTED_FIRST, 3 * s->sorted), s->count - s->sorted);
+        select_best(s->candidates + s->sorted, s->count - s->sorted, more);
+        s->sorted += more;
+    }
+    return &s->candidates[rank];
+}
+
 int32_t attn_sampler_next(attn_sampler *s, const float *logits)
 {
-    int64_t best = -1, count = 0;
+    const attn_sampler_settings *set = &s->settings;
     for (int64_t i = 0; i < s->vocabulary; i++) {
-        s->candidates[i] = (candidate){isnan(logits[i]) ? -INFINITY : logits[i], (int32_t)i, 0};
+        s->logits[i] = logits[i] == logits[i] ? logits[i] : -INFINITY;
     }
     penalise(s);
-    for (int64_t i = 0; i < s->vocabulary; i++) {
-        if (s->candidates[i].logit > -INFINITY) {
-            s->candidates[count++] = s->candidates[i];
-            best = best < 0 || s->candidates[count - 1].logit > s->candidates[best].logit ? count - 1 : best;
-        }
-    }
-    if (count == 0) {
+    float top = largest(s->logits, s->vocabulary);
+    if (top == -INFINITY) {
         return 0;
     }
-    if (s->settings.temperature == 0 || s->candidates[best].logit == INFINITY) {
-        return s->candidates[best].token;
-    }
-    int64_t keep = s->settings.top_k > 0 ? attn_min_i64(s->settings.top_k, count) : count;
-    select_best(s->candidates, count, keep);
-    double sum = 0, top = (double)s->candidates[0].logit;
-    for (int64_t i = 0; i < keep; i++) {
-        s->candidates[i].probability = exp(((double)s->candidates[i].logit - top) / s->settings.temperature);
-        sum += s->candidates[i].probability;
-    }
-    double reached = 0, least = s->settings.min_p * s->candidates[0].probability;
-    int64_t left = 0;
-    for (; left < keep; left++) {
-        if (left > 0 && (reached >= s->settings.top_p * sum || s->candidates[left].probability < least)) {
-            break;
+    if (set->temperature == 0 || top == INFINITY) {
+        int32_t best = 0;
+        while (s->logits[best] != top) {
+            best++;
         }
-        reached += s->candidates[left].probability;
+        return best;
+    }
+    s->count = s->sorted = 0;
+    for (int64_t i = 0; i < s->vocabulary; i++) {
+        if (((double)s->logits[i] - (double)top) / set->temperature > -NEGLIGIBLE) {
+            s->candidates[s->count++] = (candidate){s->logits[i], (int32_t)i};
+        }
+    }
+#define LIKELIHOOD(c) exp(((double)(c)->logit - (double)top) / set->temperature)
+    int64_t left = set->top_k > 0 ? attn_min_i64(set->top_k, s->count) : s->count;
+    double sum = 0, reached = 0;
+    for (int64_t i = 0; i < left; i++) {
+        sum += LIKELIHOOD(left < s->count ? ranked(s, i) : &s->candidates[i]);
+    }
+    if (set->top_p < 1 || set->min_p > 0) {
+        int64_t most = left;
+        for (left = 0; left < most; left++) {
+            double likelihood = LIKELIHOOD(ranked(s, left));
+            if (left > 0 && (reached >= set->top_p * sum || likelihood < set->min_p)) {
+                break;
+            }
+            reached += likelihood;
+        }
+    } else {
+        reached = sum;
     }
     double draw = attn_random_uniform(&s->random) * reached;
-    for (int64_t i = 0; i < left; i++) {
-        draw -= s->candidates[i].probability;
+    for (int64_t i = 0; i < left - 1; i++) {
+        draw -= LIKELIHOOD(ranked(s, i));
         if (draw < 0) {
-            return s->candidates[i].token;
+            return ranked(s, i)->token;
         }
     }
-    return s->candidates[left - 1].token;
+    return ranked(s, left - 1)->token;
 }
