@@ -7,7 +7,7 @@
 typedef int32_t vi __attribute__((vector_size(4 * VW)));
 typedef uint32_t vu __attribute__((vector_size(4 * VW)));
 
-#define AHEAD 8192 /* bytes to prefetch ahead */
+#define AHEAD 32768 /* bytes to prefetch ahead, into L2: a core waits for many more lines there than in L1 */
 #define VECTORS (ATTN_QUANT_ROWS / VW) /* per panel */
 #define ROWS ATTN_QUANT_ROWS
 #if defined(__clang__)
@@ -159,7 +159,7 @@ VINLINE void vector_unit(attn_quant_format f, const uint8_t *unit, const attn_qu
 {
     /* Panels follow each other in memory, and generation reads each weight once: the hardware fetches too late. */
     UNROLL for (size_t line = 0; line < attn_quant_code_bytes(f); line += 64) {
-        __builtin_prefetch(unit + AHEAD + line);
+        __builtin_prefetch(unit + AHEAD + line, 0, 2);
     }
     vi sum[2][VECTORS], upper[2][VECTORS]; /* of the halves of the unit */
     const int offset = !has_minimum(f), wide = f == ATTN_QUANT_Q8_0;
