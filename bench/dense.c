@@ -107,7 +107,11 @@ static void bench_decode(attn_dtype dtype, int threads, double bandwidth, int re
     int64_t m = 32768, d = 128, hkv = 8, h = 4 * hkv;
     size_t size = attn_dtype_size(dtype), count = (size_t)(hkv * m * d);
     problem p = {.in = {.q = floats(1, h, 1, d, 1)}, .o = floats(1, h, 1, d, 4), .exec = {.threads = threads}};
-    void *k = calloc(count, size), *v = calloc(count, size);
+    /* As the caches of language models lie. */
+    void *k = attn_alloc_array(count, size), *v = attn_alloc_array(count, size);
+    if (k == NULL || v == NULL) {
+        must(ATTN_ERR_MEMORY);
+    }
     memset(k, 1, count * size);
     memset(v, 1, count * size);
     attn_tensor scales = attn_tensor_make(random_floats((size_t)(hkv * m), 5), ATTN_F32, 3, (int64_t[]){1, hkv, m});
@@ -123,8 +127,8 @@ static void bench_decode(attn_dtype dtype, int threads, double bandwidth, int re
     printf("| decode %-4s | %8.3f ms | %6.1f GB/s | %5.1f%% |\n", attn_dtype_name(dtype), t * 1e3, bytes / t * 1e-9,
            100 * bytes / t / bandwidth);
     fflush(stdout);
-    free(k);
-    free(v);
+    attn_free(k);
+    attn_free(v);
     free(scales.data);
     free(p.in.q.data);
     free(p.o.data);

@@ -152,7 +152,7 @@ attn_status attn_dense_decode(const dense_problem *p, const attn_tensor *o, cons
             attn_dense_load_row(p, q + i * p->d, &p->in->q, pair / p->kv_heads, pair % p->kv_heads * p->group + r / p->n,
                                 r % p->n, p->d, factor);
         }
-#pragma omp for schedule(dynamic, 1)
+#pragma omp for schedule(static)
         for (int64_t i = 0; i < pairs * parts; i++) {
             int64_t pair = i / parts, b = pair / p->kv_heads, kv = pair % p->kv_heads, low, high, unused;
             part_state *state = &states[i];

@@ -2,109 +2,103 @@
 #include "kernel/load.h"
 #include "kernel/vec.h"
 
-/* Rows that a caller's next step will read, asked for while this one is computed: memory is the limit here. Past the end of the data
- * it does nothing. */
-#define ROWS_AHEAD 64
-VINLINE void fetch_ahead(const void *from, const attn_dtype dtype, int64_t row, int64_t stride, int64_t c)
+/* Memory is the limit here: what will be read is asked for this far ahead, into L2, evenly while rows are computed in the order in which
+ * they lie. (Into L1 a core waits for half as many lines; in another order what the machine fetches by itself is of no use.) Past the end
+ * of the data it does nothing. */
+#define BYTES_AHEAD 32768
+#define BLOCK_BYTES 8192 /* rows of values that pass through L1 for one tile of columns after another */
+
+/* Compilers must not gather the fetches of a row at its start, where a core would wait for them, nor keep f32 in registers: read again from
+ * L1 they are for free. */
+#define KEEP_ORDER __asm__ volatile("" ::: "memory")
+
+/* As many rows as these bytes hold, in bytes. */
+VINLINE int64_t distance(const attn_dtype dtype, int64_t stride, int64_t width)
 {
     int64_t size = size_of(dtype);
-    if (c * size % 64 == 0) {
-        __builtin_prefetch((const void *)((uintptr_t)from + (uintptr_t)(((row + ROWS_AHEAD) * stride + c) * size)), 0, 2);
+    return (BYTES_AHEAD / (width * size) + 1) * stride * size;
+}
+
+VINLINE void fetch(const void *from, const attn_dtype dtype, int64_t at, int64_t column, int64_t ahead)
+{
+    if (column * size_of(dtype) % 64 == 0) {
+        __builtin_prefetch((const void *)((uintptr_t)from + (uintptr_t)(at * size_of(dtype) + ahead)), 0, 2);
     }
 }
 
-/* Scores of `rows` query rows with two keys at a time, so that the sums of one hide behind the other. */
-VINLINE void scores_as(const int rows, float *s, int64_t lds, const float *q, int64_t ldq, const void *k,
-                       const attn_dtype dtype, int64_t stride, int64_t keys, int64_t d)
+/* An even number of rows of values that fill a quarter of L1. */
+VINLINE int64_t block_rows(const attn_dtype dtype, int64_t width)
 {
-    int64_t whole = d / VW * VW;
-    int rest = (int)(d - whole);
-    for (int64_t j = 0; j < keys; j += 2) {
-        int64_t other = j + 1 < keys ? j + 1 : j;
-        vf acc[4][2];
-#pragma GCC unroll 4
-        for (int r = 0; r < rows; r++) {
-            acc[r][0] = acc[r][1] = v_zero();
-        }
-        for (int64_t c = 0; c < whole; c += VW) {
-            vf x = load_as(k, dtype, j * stride + c), y = load_as(k, dtype, other * stride + c);
-#pragma GCC unroll 4
-            for (int r = 0; r < rows; r++) {
-                vf w = v_load(q + r * ldq + c);
-                acc[r][0] = v_fma(w, x, acc[r][0]);
-                acc[r][1] = v_fma(w, y, acc[r][1]);
-            }
-        }
-        if (rest > 0) {
-            vf x = load_as_n(k, dtype, j * stride + whole, rest), y = load_as_n(k, dtype, other * stride + whole, rest);
-#pragma GCC unroll 4
-            for (int r = 0; r < rows; r++) {
-                vf w = v_load_n(q + r * ldq + whole, rest);
-                acc[r][0] = v_fma(w, x, acc[r][0]);
-                acc[r][1] = v_fma(w, y, acc[r][1]);
-            }
-        }
-#pragma GCC unroll 4
-        for (int r = 0; r < rows; r++) {
-            s[r * lds + j] = v_sum(acc[r][0]);
-            s[r * lds + other] = v_sum(acc[r][1]);
-        }
-    }
+    int64_t rows = BLOCK_BYTES / (width * size_of(dtype)) / 2 * 2;
+    return rows > 8 ? rows : 8;
 }
+
+/* ---- Scores: four sums at a time, of as many keys as there are no query rows for ---- */
 
 #if defined(ATTN_ISA_AVX512)
-/* Four sums at once: lane i of each 128-bit part of the result holds a part of the sum of x_i. */
-VINLINE __m128 sums_of_4(vf a, vf b, vf c, vf d)
+VINLINE void sums_of_4(const vf x[4], float *to)
 {
-    vf ab = _mm512_add_ps(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b));
-    vf cd = _mm512_add_ps(_mm512_unpacklo_ps(c, d), _mm512_unpackhi_ps(c, d));
+    vf ab = _mm512_add_ps(_mm512_unpacklo_ps(x[0], x[1]), _mm512_unpackhi_ps(x[0], x[1]));
+    vf cd = _mm512_add_ps(_mm512_unpacklo_ps(x[2], x[3]), _mm512_unpackhi_ps(x[2], x[3]));
     vf abcd = _mm512_add_ps(_mm512_castpd_ps(_mm512_unpacklo_pd(_mm512_castps_pd(ab), _mm512_castps_pd(cd))),
                             _mm512_castpd_ps(_mm512_unpackhi_pd(_mm512_castps_pd(ab), _mm512_castps_pd(cd))));
     __m256 half = _mm256_add_ps(_mm512_castps512_ps256(abcd), _mm512_extractf32x8_ps(abcd, 1));
-    return _mm_add_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1));
+    _mm_storeu_ps(to, _mm_add_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1)));
 }
-
-/* Four keys at a time. */
-VINLINE int64_t scores_by_4(const int rows, float *s, int64_t lds, const float *q, int64_t ldq, const void *k,
-                            const attn_dtype dtype, int64_t stride, int64_t keys, int64_t d)
+#else
+VINLINE void sums_of_4(const vf x[4], float *to)
 {
-    if (d % VW != 0) {
-        return 0;
+    for (int i = 0; i < 4; i++) {
+        to[i] = v_sum(x[i]);
     }
-    int64_t j = 0;
-    for (; j + 4 <= keys; j += 4) {
-        vf acc[4][4];
-#pragma GCC unroll 4
-        for (int r = 0; r < rows; r++) {
-#pragma GCC unroll 4
-            for (int i = 0; i < 4; i++) {
-                acc[r][i] = v_zero();
-            }
-        }
-        for (int64_t c = 0; c < d; c += VW) {
-            vf x[4];
-#pragma GCC unroll 4
-            for (int i = 0; i < 4; i++) {
-                fetch_ahead(k, dtype, j + i, stride, c);
-                x[i] = load_as(k, dtype, (j + i) * stride + c);
-            }
-#pragma GCC unroll 4
-            for (int r = 0; r < rows; r++) {
-                vf w = v_load(q + r * ldq + c);
-#pragma GCC unroll 4
-                for (int i = 0; i < 4; i++) {
-                    acc[r][i] = v_fma(w, x[i], acc[r][i]);
-                }
-            }
-        }
-#pragma GCC unroll 4
-        for (int r = 0; r < rows; r++) {
-            _mm_storeu_ps(s + r * lds + j, sums_of_4(acc[r][0], acc[r][1], acc[r][2], acc[r][3]));
-        }
-    }
-    return j;
 }
 #endif
+
+/* Sum i * rows + r is of row r and key j + i. */
+VINLINE void put_sums(const int rows, const int together, float *s, int64_t lds, int64_t j, const float sums[4])
+{
+#pragma GCC unroll 4
+    for (int i = 0; i < together; i++) {
+#pragma GCC unroll 4
+        for (int r = 0; r < rows; r++) {
+            s[r * lds + j + i] = sums[i * rows + r];
+        }
+    }
+}
+
+VINLINE void scores_of(const int rows, const int together, float *s, int64_t lds, const float *q, int64_t ldq, const void *k,
+                       const attn_dtype dtype, int64_t stride, int64_t d, int64_t ahead, int64_t j)
+{
+    int64_t whole = d / VW * VW;
+    int rest = (int)(d - whole);
+    vf acc[4];
+    float sums[4];
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; i++) {
+        acc[i] = v_zero();
+    }
+#pragma GCC unroll 4
+    for (int i = 0; i < together; i++) {
+        int64_t at = (j + i) * stride;
+        for (int64_t c = 0; c < whole; c += VW) {
+            fetch(k, dtype, at + c, c, ahead);
+            vf x = load_as(k, dtype, at + c);
+#pragma GCC unroll 4
+            for (int r = 0; r < rows; r++) {
+                acc[i * rows + r] = v_fma(v_load(q + r * ldq + c), x, acc[i * rows + r]);
+            }
+        }
+        if (rest > 0) {
+            vf x = load_as_n(k, dtype, at + whole, rest);
+#pragma GCC unroll 4
+            for (int r = 0; r < rows; r++) {
+                acc[i * rows + r] = v_fma(v_load_n(q + r * ldq + whole, rest), x, acc[i * rows + r]);
+            }
+        }
+    }
+    sums_of_4(acc, sums);
+    put_sums(rows, together, s, lds, j, sums);
+}
 
 #if defined(ATTN_ISA_AVX512VNNI)
 /* ---- int8 by whole numbers ----
@@ -113,6 +107,7 @@ VINLINE int64_t scores_by_4(const int rows, float *s, int64_t lds, const float *
  * 16-bit pairs it is 8 and 2. Queries and weights are rounded to 15 bits and sign of their row's largest number; sums are exact: 512
  * products of 128 and 32767 fit 32 bits. */
 
+#define MOST_I8 512     /* width of rows: their sums fit */
 #define SMALLEST 1e-30f /* rows whose largest number is smaller, or not finite, go the common way: 32767 / it must be finite */
 
 /* to[i] = from[i] / unit with unit = largest / 32767, zeros up to a multiple of 32; 0 when that cannot be done. */
@@ -147,64 +142,68 @@ VINLINE __m512i add_pairs_64(__m512i a, __m512i b)
     return _mm512_add_epi32(_mm512_unpacklo_epi64(a, b), _mm512_unpackhi_epi64(a, b));
 }
 
-/* Scores of the first keys in fours; how many. 0 when these queries or widths go the common way. */
-VINLINE int64_t scores_i8(const int rows, float *s, int64_t lds, const float *q, int64_t ldq, const int8_t *k, int64_t stride,
-                          int64_t keys, int64_t d)
+VINLINE void scores_of_i8(const int rows, const int together, float *s, int64_t lds, int16_t whole[][MOST_I8], const float *unit,
+                          const int8_t *k, int64_t stride, int64_t d, int64_t ahead, int64_t j)
 {
-    int16_t whole[4][512];
-    __m128 unit[4] = {0};
-    if (d % 32 != 0 || d > 512) {
+    __m512i acc[4];
+    float sums[4];
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; i++) {
+        acc[i] = _mm512_setzero_si512();
+    }
+#pragma GCC unroll 4
+    for (int i = 0; i < together; i++) {
+        int64_t at = (j + i) * stride;
+        for (int64_t c = 0; c < d; c += 32) {
+            fetch(k, ATTN_I8, at + c, c, ahead);
+            __m512i x = _mm512_cvtepi8_epi16(_mm256_loadu_si256((const void *)(k + at + c)));
+#pragma GCC unroll 4
+            for (int r = 0; r < rows; r++) {
+                acc[i * rows + r] = _mm512_dpwssd_epi32(acc[i * rows + r], x, _mm512_loadu_si512(whole[r] + c));
+            }
+        }
+    }
+    __m512i all = add_pairs_64(add_pairs_32(acc[0], acc[1]), add_pairs_32(acc[2], acc[3]));
+    __m256i half = _mm256_add_epi32(_mm512_castsi512_si256(all), _mm512_extracti64x4_epi64(all, 1));
+    __m128i total = _mm_add_epi32(_mm256_castsi256_si128(half), _mm256_extracti128_si256(half, 1));
+    _mm_storeu_ps(sums, _mm_mul_ps(_mm_cvtepi32_ps(total), _mm_loadu_ps(unit)));
+    put_sums(rows, together, s, lds, j, sums);
+}
+
+/* Scores of all keys, unless these queries or widths go the common way: then 0. */
+VINLINE int scores_i8(const int rows, float *s, int64_t lds, const float *q, int64_t ldq, const int8_t *k, int64_t stride, int64_t keys,
+                      int64_t d)
+{
+    int16_t whole[4][MOST_I8];
+    float unit[4] = {0};
+    const int together = 4 / rows;
+    if (d % 32 != 0 || d > MOST_I8) {
         return 0;
     }
     for (int r = 0; r < rows; r++) {
-        float x = round_16(whole[r], q + r * ldq, d);
-        if (x == 0) {
+        unit[r] = round_16(whole[r], q + r * ldq, d);
+        if (unit[r] == 0) {
             return 0;
         }
-        unit[r] = _mm_set1_ps(x);
     }
-    int64_t j = 0;
-    for (; j + 4 <= keys; j += 4) {
-        __m512i acc[4][4];
-#pragma GCC unroll 4
-        for (int r = 0; r < rows; r++) {
-#pragma GCC unroll 4
-            for (int i = 0; i < 4; i++) {
-                acc[r][i] = _mm512_setzero_si512();
-            }
-        }
-        for (int64_t c = 0; c < d; c += 32) {
-            __m512i x[4];
-#pragma GCC unroll 4
-            for (int i = 0; i < 4; i++) {
-                fetch_ahead(k, ATTN_I8, j + i, stride, c);
-                x[i] = _mm512_cvtepi8_epi16(_mm256_loadu_si256((const void *)(k + (j + i) * stride + c)));
-            }
-#pragma GCC unroll 4
-            for (int r = 0; r < rows; r++) {
-                __m512i w = _mm512_loadu_si512(whole[r] + c);
-#pragma GCC unroll 4
-                for (int i = 0; i < 4; i++) {
-                    acc[r][i] = _mm512_dpwssd_epi32(acc[r][i], x[i], w);
-                }
-            }
-        }
-#pragma GCC unroll 4
-        for (int r = 0; r < rows; r++) {
-            __m512i sums = add_pairs_64(add_pairs_32(acc[r][0], acc[r][1]), add_pairs_32(acc[r][2], acc[r][3]));
-            __m256i half = _mm256_add_epi32(_mm512_castsi512_si256(sums), _mm512_extracti64x4_epi64(sums, 1));
-            __m128i total = _mm_add_epi32(_mm256_castsi256_si128(half), _mm256_extracti128_si256(half, 1));
-            _mm_storeu_ps(s + r * lds + j, _mm_mul_ps(_mm_cvtepi32_ps(total), unit[r]));
-        }
+    for (int i = rows; i < 4; i++) {
+        unit[i] = unit[i % rows];
     }
-    return j;
+    int64_t j = 0, ahead = distance(ATTN_I8, stride, d);
+    for (; j + together <= keys; j += together) {
+        scores_of_i8(rows, together, s, lds, whole, unit, k, stride, d, ahead, j);
+    }
+    for (; j < keys; j++) {
+        scores_of_i8(rows, 1, s, lds, whole, unit, k, stride, d, ahead, j);
+    }
+    return 1;
 }
 
 #define KEYS_I8 256 /* weights rounded together; few enough that 32 bits hold their sums */
 
-/* 64 columns from c on, for keys in pairs. p: [rows][KEYS_I8], zeros beyond the keys. */
+/* 64 columns, for keys begin ... end - 1 in pairs. p: [rows][KEYS_I8], zeros beyond the keys. */
 VINLINE void values_i8_tile(const int rows, float *o, int64_t ldo, int16_t p[][KEYS_I8], const float *unit, const int8_t *v,
-                            int64_t stride, int64_t keys)
+                            int64_t stride, int64_t begin, int64_t end, int64_t ahead)
 {
     __m512i acc[4][4];
 #pragma GCC unroll 4
@@ -214,11 +213,10 @@ VINLINE void values_i8_tile(const int rows, float *o, int64_t ldo, int16_t p[][K
             acc[r][i] = _mm512_setzero_si512();
         }
     }
-    for (int64_t j = 0; j < keys; j += 2) {
-        const int8_t *one = v + j * stride, *two = j + 1 < keys ? one + stride : one;
+    for (int64_t j = begin; j < end; j += 2) {
+        const int8_t *one = v + j * stride, *two = j + 1 < end ? one + stride : one;
         __m512i x[4];
-        fetch_ahead(v, ATTN_I8, j, stride, 0);
-        fetch_ahead(v, ATTN_I8, j + 1, stride, 0);
+        fetch(one, ATTN_I8, 0, 0, ahead);
 #pragma GCC unroll 2
         for (int i = 0; i < 2; i++) {
             __m512i a = _mm512_cvtepi8_epi16(_mm256_loadu_si256((const void *)(one + 32 * i)));
@@ -235,6 +233,10 @@ VINLINE void values_i8_tile(const int rows, float *o, int64_t ldo, int16_t p[][K
             for (int i = 0; i < 4; i++) {
                 acc[r][i] = _mm512_dpwssd_epi32(acc[r][i], x[i], w);
             }
+            if (r == rows / 2) {
+                fetch(two, ATTN_I8, 0, 0, ahead);
+            }
+            KEEP_ORDER;
         }
     }
     /* Unpacking took fours of columns from each 128-bit part in turn. */
@@ -270,8 +272,12 @@ VINLINE int64_t values_i8(const int rows, float *o, int64_t ldo, const float *p,
             return 0;
         }
     }
-    for (int64_t c = 0; c < columns; c += 64) {
-        values_i8_tile(rows, o + c, ldo, whole, unit, v + c, stride, keys);
+    int64_t block = block_rows(ATTN_I8, dv), ahead = distance(ATTN_I8, stride, dv);
+    for (int64_t j = 0; j < keys; j += block) {
+        int64_t end = j + block < keys ? j + block : keys;
+        for (int64_t c = 0; c < columns; c += 64) {
+            values_i8_tile(rows, o + c, ldo, whole, unit, v + c, stride, j, end, ahead);
+        }
     }
     return columns;
 }
@@ -280,17 +286,19 @@ VINLINE int64_t values_i8(const int rows, float *o, int64_t ldo, const float *p,
 VINLINE void scores_rows(const int rows, float *s, int64_t lds, const float *q, int64_t ldq, const void *k,
                          const attn_dtype dtype, int64_t stride, int64_t keys, int64_t d)
 {
-    int64_t done = 0;
 #if defined(ATTN_ISA_AVX512VNNI)
-    if (dtype == ATTN_I8) {
-        done = scores_i8(rows, s, lds, q, ldq, k, stride, keys, d);
+    if (dtype == ATTN_I8 && scores_i8(rows, s, lds, q, ldq, k, stride, keys, d)) {
+        return;
     }
 #endif
-#if defined(ATTN_ISA_AVX512)
-    done = done > 0 ? done : scores_by_4(rows, s, lds, q, ldq, k, dtype, stride, keys, d);
-#endif
-    const char *rest = (const char *)k + done * stride * size_of(dtype);
-    scores_as(rows, s + done, lds, q, ldq, rest, dtype, stride, keys - done, d);
+    const int together = 4 / rows;
+    int64_t j = 0, ahead = distance(dtype, stride, d);
+    for (; j + together <= keys; j += together) {
+        scores_of(rows, together, s, lds, q, ldq, k, dtype, stride, d, ahead, j);
+    }
+    for (; j < keys; j++) {
+        scores_of(rows, 1, s, lds, q, ldq, k, dtype, stride, d, ahead, j);
+    }
 }
 
 VINLINE void scores_any(float *s, int64_t lds, const float *q, int64_t ldq, int64_t rows, const void *k,
@@ -313,9 +321,11 @@ static void scores(float *s, int64_t lds, const float *q, int64_t ldq, int64_t r
     BY_DTYPE(scores_any(s, lds, q, ldq, rows, k, dtype, stride, keys, d))
 }
 
-/* `vectors` vectors of columns from column c on, for `rows` rows, over all keys. */
+/* ---- Values ---- */
+
+/* `vectors` vectors of columns from column c on, for `rows` rows, over keys begin ... end - 1. */
 VINLINE void values_tile(const int rows, const int vectors, float *o, int64_t ldo, const float *p, int64_t ldp,
-                         const void *v, const attn_dtype dtype, int64_t stride, int64_t keys, int64_t c)
+                         const void *v, const attn_dtype dtype, int64_t stride, int64_t begin, int64_t end, int64_t ahead, int64_t c)
 {
     vf acc[4][4];
 #pragma GCC unroll 4
@@ -325,20 +335,25 @@ VINLINE void values_tile(const int rows, const int vectors, float *o, int64_t ld
             acc[r][i] = v_load(o + r * ldo + c + i * VW);
         }
     }
-    for (int64_t j = 0; j < keys; j++) {
+    for (int64_t j = begin; j < end; j++) {
+        const int64_t at = j * stride + c;
         vf x[4];
 #pragma GCC unroll 4
         for (int i = 0; i < vectors; i++) {
-            fetch_ahead(v, dtype, j, stride, c + i * VW);
-            x[i] = load_as(v, dtype, j * stride + c + i * VW);
+            x[i] = load_as(v, dtype, at + i * VW);
         }
 #pragma GCC unroll 4
         for (int r = 0; r < rows; r++) {
             vf w = v_set1(p[r * ldp + j]);
 #pragma GCC unroll 4
-            for (int i = 0; i < vectors; i++) {
-                acc[r][i] = v_fma(w, x[i], acc[r][i]);
+            for (int i = r; i < vectors; i += rows) {
+                fetch(v, dtype, at + i * VW, i * VW, ahead);
             }
+#pragma GCC unroll 4
+            for (int i = 0; i < vectors; i++) {
+                acc[r][i] = v_fma(w, dtype == ATTN_F32 ? load_as(v, dtype, at + i * VW) : x[i], acc[r][i]);
+            }
+            KEEP_ORDER;
         }
     }
 #pragma GCC unroll 4
@@ -353,22 +368,26 @@ VINLINE void values_tile(const int rows, const int vectors, float *o, int64_t ld
 VINLINE void values_rows(const int rows, float *o, int64_t ldo, const float *p, int64_t ldp, const void *v,
                          const attn_dtype dtype, int64_t stride, int64_t keys, int64_t dv)
 {
-    int64_t c = 0;
+    int64_t done = 0, block = block_rows(dtype, dv), ahead = distance(dtype, stride, dv), c = 0;
 #if defined(ATTN_ISA_AVX512VNNI)
     if (dtype == ATTN_I8) {
-        c = values_i8(rows, o, ldo, p, ldp, v, stride, keys, dv);
+        done = values_i8(rows, o, ldo, p, ldp, v, stride, keys, dv);
     }
 #endif
+    for (int64_t j = 0; j < keys; j += block) {
+        int64_t end = j + block < keys ? j + block : keys;
+        c = done;
 #if V_REGISTERS == 32
-    for (; c + 4 * VW <= dv; c += 4 * VW) {
-        values_tile(rows, 4, o, ldo, p, ldp, v, dtype, stride, keys, c);
-    }
+        for (; c + 4 * VW <= dv; c += 4 * VW) {
+            values_tile(rows, 4, o, ldo, p, ldp, v, dtype, stride, j, end, ahead, c);
+        }
 #endif
-    for (; c + 2 * VW <= dv; c += 2 * VW) {
-        values_tile(rows, 2, o, ldo, p, ldp, v, dtype, stride, keys, c);
-    }
-    for (; c + VW <= dv; c += VW) {
-        values_tile(rows, 1, o, ldo, p, ldp, v, dtype, stride, keys, c);
+        for (; c + 2 * VW <= dv; c += 2 * VW) {
+            values_tile(rows, 2, o, ldo, p, ldp, v, dtype, stride, j, end, ahead, c);
+        }
+        for (; c + VW <= dv; c += VW) {
+            values_tile(rows, 1, o, ldo, p, ldp, v, dtype, stride, j, end, ahead, c);
+        }
     }
     for (; c < dv; c++) {
         for (int r = 0; r < rows; r++) {
