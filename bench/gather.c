@@ -1,6 +1,7 @@
 /* One-token decoding over lists of keys against dense decoding of the same cache, in one run.
  *     bench_gather [--threads N] [--repeats N]
  */
+#include "core/internal.h"
 #include "core/random.h"
 #include <attn/plan.h>
 
@@ -40,15 +41,16 @@ static int by_value(const void *a, const void *b)
 static attn_tensor numbers(attn_dtype dtype, int64_t h, int64_t n, int64_t d, attn_random *random)
 {
     attn_tensor t = attn_tensor_make(NULL, ATTN_F32, 4, (int64_t[]){1, h, n, d}), converted = t;
-    float *x = t.data = malloc((size_t)(h * n * d) * sizeof *x);
+    /* As the caches of language models lie. */
+    float *x = t.data = attn_alloc_array((size_t)(h * n * d), sizeof *x);
     for (int64_t i = 0; i < h * n * d; i++) {
         x[i] = (float)(attn_random_uniform(random) * 2 - 1);
     }
     if (dtype != ATTN_F32) {
         converted.dtype = dtype;
-        converted.data = malloc((size_t)(h * n * d) * attn_dtype_size(dtype));
+        converted.data = attn_alloc_array((size_t)(h * n * d), attn_dtype_size(dtype));
         must(attn_tensor_copy(&converted, &t));
-        free(x);
+        attn_free(x);
         return converted;
     }
     return t;
@@ -127,10 +129,10 @@ int main(int argc, char **argv)
                 attn_plan_destroy(plans[j]);
             }
         }
-        free(in.q.data);
-        free(in.k.data);
-        free(in.v.data);
-        free(o.data);
+        attn_free(in.q.data);
+        attn_free(in.k.data);
+        attn_free(in.v.data);
+        attn_free(o.data);
     }
     attn_arena_destroy(exec.arena);
     return 0;

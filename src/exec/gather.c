@@ -70,7 +70,7 @@ static void fetch_ahead(const attn_tensor *t, int64_t b, int64_t kv, int64_t key
     const char *row = attn_dense_row(t, b, kv, key);
     int64_t bytes = t->stride[3] == 1 ? t->shape[3] * (int64_t)attn_dtype_size(t->dtype) : 1;
     for (int64_t at = 0; at < bytes; at += 64) {
-        __builtin_prefetch(row + at);
+        __builtin_prefetch(row + at, 0, 2); /* into L2: a core waits for many more lines there than in L1 */
     }
 }
 
