@@ -112,23 +112,41 @@ static attn_tensor part_o(const work *w, const attn_dense_inputs *in, int64_t pa
                             (int64_t[]){in->q.shape[0], in->q.shape[1], in->q.shape[2], width});
 }
 
-static attn_status run_parts(const attn_dense_settings *settings, const attn_dense_inputs *in, const work *w)
+/* What one of the parts is to be given to, and with what. */
+typedef struct part_call {
+    const attn_dense_settings *settings;
+    const attn_dense_inputs *in;
+    const attn_tensor *o, *lse, *grad_o; /* backward */
+    const attn_dense_gradients *to;
+    const work *w;
+} part_call;
+
+/* In no parallel region when each part has all threads: inside one, even of a single thread, OpenMP would start new threads for each part. */
+static attn_status run_parts(const part_call *c, attn_status (*run)(const part_call *, int64_t part))
 {
     attn_status result = ATTN_OK;
-#pragma omp parallel for schedule(dynamic, 1) num_threads(w->threads) if (w->threads > 1)
-    for (int64_t i = 0; i < w->parts; i++) {
-        part_inputs part;
-        make_part(in, i * PART, attn_min_i64(PART, in->k.shape[2] - i * PART), &part);
-        attn_tensor o = part_o(w, in, i, w->dv);
-        attn_tensor lse = attn_tensor_make(w->lse + i * w->rows, ATTN_F32, 3, in->q.shape);
-        attn_exec exec = exec_of(w);
-        attn_status status = attn_dense_forward(settings, &part.in, &o, &lse, &exec);
+    for (int64_t i = 0; i < c->w->parts && c->w->arena_count == 0; i++) {
+        ATTN_TRY(run(c, i));
+    }
+#pragma omp parallel for schedule(dynamic, 1) num_threads(c->w->threads) if (c->w->arena_count > 0)
+    for (int64_t i = 0; i < (c->w->arena_count > 0 ? c->w->parts : 0); i++) {
+        attn_status status = run(c, i);
         if (status != ATTN_OK) {
 #pragma omp critical(attn_pool_failure)
             result = status;
         }
     }
     return result == ATTN_OK ? ATTN_OK : attn_fail(result, "a part of the keys failed: %s", attn_status_name(result));
+}
+
+static attn_status forward_part(const part_call *c, int64_t i)
+{
+    part_inputs part;
+    make_part(c->in, i * PART, attn_min_i64(PART, c->in->k.shape[2] - i * PART), &part);
+    attn_tensor o = part_o(c->w, c->in, i, c->w->dv);
+    attn_tensor lse = attn_tensor_make(c->w->lse + i * c->w->rows, ATTN_F32, 3, c->in->q.shape);
+    attn_exec exec = exec_of(c->w);
+    return attn_dense_forward(c->settings, &part.in, &o, &lse, &exec);
 }
 
 /* Row r of the parts into the first one's row of o. */
@@ -174,7 +192,7 @@ attn_status attn_pool_forward(const attn_dense_settings *settings, const attn_de
     ATTN_TRY(attn_scratch_begin(&scratch, exec));
     attn_status status = work_begin(&w, inputs, parts, scratch.arena, attn_exec_threads(exec));
     if (status == ATTN_OK) {
-        status = run_parts(settings, inputs, &w);
+        status = run_parts(&(part_call){.settings = settings, .in = inputs, .w = &w}, forward_part);
         for (int64_t r = 0; r < w.rows && status == ATTN_OK; r++) {
             double sum = merge_row(&w, r);
             if (lse != NULL) {
@@ -191,37 +209,27 @@ attn_status attn_pool_forward(const attn_dense_settings *settings, const attn_de
 }
 
 /* dq of each part into w->o, the others straight into their slices. */
-static attn_status run_parts_back(const attn_dense_settings *settings, const attn_dense_inputs *in, const attn_tensor *o,
-                                  const attn_tensor *lse, const attn_tensor *grad_o, const attn_dense_gradients *to, const work *w)
+static attn_status backward_part(const part_call *c, int64_t i)
 {
-    attn_status result = ATTN_OK;
-#pragma omp parallel for schedule(dynamic, 1) num_threads(w->threads) if (w->threads > 1)
-    for (int64_t i = 0; i < w->parts; i++) {
-        int64_t first = i * PART, count = attn_min_i64(PART, in->k.shape[2] - first);
-        part_inputs part;
-        make_part(in, first, count, &part);
-        attn_tensor q = part_o(w, in, i, in->q.shape[3]), k, v, bias;
-        attn_dense_gradients some = {.q = to->q != NULL ? &q : NULL};
-        if (to->k != NULL) {
-            k = slice(to->k, 2, first, count);
-            some.k = &k;
-        }
-        if (to->v != NULL) {
-            v = slice(to->v, 2, first, count);
-            some.v = &v;
-        }
-        if (to->bias != NULL) {
-            bias = slice(to->bias, 3, first, count);
-            some.bias = &bias;
-        }
-        attn_exec exec = exec_of(w);
-        attn_status status = attn_dense_backward(settings, &part.in, o, lse, grad_o, &some, &exec);
-        if (status != ATTN_OK) {
-#pragma omp critical(attn_pool_failure)
-            result = status;
-        }
+    int64_t first = i * PART, count = attn_min_i64(PART, c->in->k.shape[2] - first);
+    part_inputs part;
+    make_part(c->in, first, count, &part);
+    attn_tensor q = part_o(c->w, c->in, i, c->in->q.shape[3]), k, v, bias;
+    attn_dense_gradients some = {.q = c->to->q != NULL ? &q : NULL};
+    if (c->to->k != NULL) {
+        k = slice(c->to->k, 2, first, count);
+        some.k = &k;
     }
-    return result == ATTN_OK ? ATTN_OK : attn_fail(result, "a part of the keys failed: %s", attn_status_name(result));
+    if (c->to->v != NULL) {
+        v = slice(c->to->v, 2, first, count);
+        some.v = &v;
+    }
+    if (c->to->bias != NULL) {
+        bias = slice(c->to->bias, 3, first, count);
+        some.bias = &bias;
+    }
+    attn_exec exec = exec_of(c->w);
+    return attn_dense_backward(c->settings, &part.in, c->o, c->lse, c->grad_o, &some, &exec);
 }
 
 attn_status attn_pool_backward(const attn_dense_settings *settings, const attn_dense_inputs *inputs, const attn_tensor *o,
@@ -239,7 +247,7 @@ attn_status attn_pool_backward(const attn_dense_settings *settings, const attn_d
     ATTN_TRY(attn_scratch_begin(&scratch, exec));
     attn_status status = work_begin(&w, inputs, parts, scratch.arena, attn_exec_threads(exec));
     if (status == ATTN_OK) {
-        status = run_parts_back(settings, inputs, o, lse, grad_o, gradients, &w);
+        status = run_parts(&(part_call){settings, inputs, o, lse, grad_o, gradients, &w}, backward_part);
         int64_t size = w.rows * inputs->q.shape[3];
         for (int64_t e = 0; e < size && gradients->q != NULL && status == ATTN_OK; e++) {
             double sum = 0;
