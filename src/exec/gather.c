@@ -67,11 +67,8 @@ static rows rows_of(const gather *w, int64_t unit, int64_t block, int64_t chunk)
 #define ENTRIES_AHEAD 8
 static void fetch_ahead(const attn_tensor *t, int64_t b, int64_t kv, int64_t key)
 {
-    const char *row = attn_dense_row(t, b, kv, key);
-    int64_t bytes = t->stride[3] == 1 ? t->shape[3] * (int64_t)attn_dtype_size(t->dtype) : 1;
-    for (int64_t at = 0; at < bytes; at += 64) {
-        __builtin_prefetch(row + at, 0, 2); /* into L2: a core waits for many more lines there than in L1 */
-    }
+    /* Into L2: a core waits for many more lines there than in L1. */
+    attn_prefetch_ahead(attn_dense_row(t, b, kv, key), 0, 1, t->stride[3] == 1 ? (size_t)t->shape[3] * attn_dtype_size(t->dtype) : 1);
 }
 
 /* `keys` entries from `first` on, of a list that ends at `last`. */

@@ -14,5 +14,7 @@ attn_status attn_linear_backward(attn_arena *arena, int threads, int64_t rows, i
 /* The same, but grad_x is added to. */
 attn_status attn_linear_backward_add(attn_arena *arena, int threads, int64_t rows, int64_t in, int64_t out, const float *x,
                                      const float *w, const float *grad_y, float *grad_x, float *grad_w, float *grad_bias);
+/* to [columns], unless NULL, += sums over rows, ld apart: a line of columns at a time, row by row. */
+void attn_linear_add_columns(int threads, int64_t rows, int64_t columns, const float *from, int64_t ld, float *to);
 
 #endif

@@ -191,6 +191,12 @@ static const candidate *ranked(attn_sampler *s, int64_t rank)
     return &s->candidates[rank];
 }
 
+/* Beside the most likely token's. */
+static double likelihood(const attn_sampler *s, const candidate *c, float top)
+{
+    return exp(((double)c->logit - (double)top) / s->settings.temperature);
+}
+
 int32_t attn_sampler_next(attn_sampler *s, const float *logits)
 {
     const attn_sampler_settings *set = &s->settings;
@@ -215,29 +221,29 @@ int32_t attn_sampler_next(attn_sampler *s, const float *logits)
             s->candidates[s->count++] = (candidate){s->logits[i], (int32_t)i};
         }
     }
-#define LIKELIHOOD(c) exp(((double)(c)->logit - (double)top) / set->temperature)
     int64_t left = set->top_k > 0 ? attn_min_i64(set->top_k, s->count) : s->count;
     double sum = 0, reached = 0;
     for (int64_t i = 0; i < left; i++) {
-        sum += LIKELIHOOD(left < s->count ? ranked(s, i) : &s->candidates[i]);
+        sum += likelihood(s, left < s->count ? ranked(s, i) : &s->candidates[i], top);
     }
     if (set->top_p < 1 || set->min_p > 0) {
         int64_t most = left;
         for (left = 0; left < most; left++) {
-            double likelihood = LIKELIHOOD(ranked(s, left));
-            if (left > 0 && (reached >= set->top_p * sum || likelihood < set->min_p)) {
+            double next = likelihood(s, ranked(s, left), top);
+            if (left > 0 && (reached >= set->top_p * sum || next < set->min_p)) {
                 break;
             }
-            reached += likelihood;
+            reached += next;
         }
     } else {
         reached = sum;
     }
     double draw = attn_random_uniform(&s->random) * reached;
     for (int64_t i = 0; i < left - 1; i++) {
-        draw -= LIKELIHOOD(ranked(s, i));
+        const candidate *c = ranked(s, i);
+        draw -= likelihood(s, c, top);
         if (draw < 0) {
-            return ranked(s, i)->token;
+            return c->token;
         }
     }
     return ranked(s, left - 1)->token;

@@ -356,25 +356,6 @@ static attn_status mixer_forward(attn_call *call, const shape *s, int is_rat, co
     return ATTN_OK;
 }
 
-/* to [columns], unless NULL, += sums over rows, ld apart; a line of columns at a time, row by row. */
-static void add_columns(int threads, int64_t rows, int64_t columns, const float *from, int64_t ld, float *to)
-{
-    enum { LINE = 16 };
-#pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
-    for (int64_t first = 0; first < (to != NULL ? columns : 0); first += LINE) {
-        int64_t count = attn_min_i64(LINE, columns - first);
-        double sums[LINE] = {0};
-        for (int64_t r = 0; r < rows; r++) {
-            for (int64_t i = 0; i < count; i++) {
-                sums[i] += (double)from[r * ld + first + i];
-            }
-        }
-        for (int64_t i = 0; i < count; i++) {
-            to[first + i] += (float)sums[i];
-        }
-    }
-}
-
 /* grad_x is overwritten. */
 static attn_status mixer_backward(attn_call *call, const shape *s, int is_rat, const weights *w, const float *x, const float *grad_o,
                                   float *grad_x, const weight_gradients *to)
@@ -417,7 +398,7 @@ static attn_status mixer_backward(attn_call *call, const shape *s, int is_rat, c
         move_heads(call->threads, s->batch, s->n, s->heads, d, proj, f.columns, 2 * c, dg, 1);
         move_heads(call->threads, s->batch, s->n, s->groups, d, proj, f.columns, 3 * c, dq, 1);
         move_heads(call->threads, s->batch, s->n, s->groups, d, proj, f.columns, 3 * c + s->groups * d, dk, 1);
-        add_columns(call->threads, tokens, c, proj + 2 * c, f.columns, to->bias);
+        attn_linear_add_columns(call->threads, tokens, c, proj + 2 * c, f.columns, to->bias);
     } else {
         move_heads(call->threads, s->batch, s->n, s->heads, d, dm, c, 0, da, 0);
         ATTN_TRY(local_backward(call, &f.local, da, dq, dk, dv));
