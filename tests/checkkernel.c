@@ -281,6 +281,11 @@ static void check_decode_types(const attn_decode_kernels *k, const attn_decode_k
             BENCH(name, k->scores(u, lds, q, d, rows, data, types[t], stride, keys, d),
                   s->scores(v, lds, q, d, rows, data, types[t], stride, keys, d));
         }
+        int64_t apart = draw(1, 3);
+        float *by = floats(keys * apart, 1);
+        k->scale_keys(u, lds, rows, by, apart, keys);
+        s->scale_keys(v, lds, rows, by, apart, keys);
+        same("decode_scale_keys", u, v, rows * lds, tolerance);
         float *o = floats(rows * stride, 1), *o2 = copy(o, rows * stride);
         k->values(o, stride, u, lds, rows, data, types[t], stride, keys, d);
         s->values(o2, stride, u, lds, rows, data, types[t], stride, keys, d);

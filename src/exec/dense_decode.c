@@ -23,20 +23,12 @@ typedef struct part_state {
 } part_state;
 
 /* int8 only: scores or weights of some keys times the scales of the keys, or of their values. */
-static void scale_keys(float *s, int64_t rows, const attn_tensor *scales, int64_t b, int64_t kv, int64_t first, int64_t keys)
+static void scale_keys(const dense_problem *p, float *s, int64_t rows, const attn_tensor *scales, int64_t b, int64_t kv, int64_t first,
+                       int64_t keys)
 {
-    if (scales == NULL) {
-        return;
-    }
-    float by[STEP];
-    const float *from = (const float *)scales->data + b * scales->stride[0] + kv * scales->stride[1] + first * scales->stride[2];
-    for (int64_t j = 0; j < keys; j++) {
-        by[j] = from[j * scales->stride[2]];
-    }
-    for (int64_t r = 0; r < rows; r++, s += STEP) {
-        for (int64_t j = 0; j < keys; j++) {
-            s[j] *= by[j];
-        }
+    if (scales != NULL) {
+        const float *by = (const float *)scales->data + b * scales->stride[0] + kv * scales->stride[1] + first * scales->stride[2];
+        p->decode->scale_keys(s, STEP, rows, by, scales->stride[2], keys);
     }
 }
 
@@ -62,7 +54,7 @@ static void attend_step(const dense_problem *p, const float *q, float *s, part_s
     int64_t rows = p->group * p->n, count = attn_ceil_div(keys, kernels->vw) * kernels->vw;
     float alpha[MOST_ROWS];
     p->decode->scores(s, STEP, q, p->d, rows, attn_dense_row(k, b, kv, first), k->dtype, k->stride[2], keys, p->d);
-    scale_keys(s, rows, p->in->k_scale, b, kv, first, keys);
+    scale_keys(p, s, rows, p->in->k_scale, b, kv, first, keys);
     for (int64_t r = 0; r < rows; r++) {
         float *row = s + r * STEP;
         int64_t h = kv * p->group + r / p->n, n = r % p->n, begin, end;
@@ -86,7 +78,7 @@ static void attend_step(const dense_problem *p, const float *q, float *s, part_s
             kernels->scale(state->o + r * p->dv_pad, p->dv, alpha[r]);
         }
     }
-    scale_keys(s, rows, p->in->v_scale, b, kv, first, keys);
+    scale_keys(p, s, rows, p->in->v_scale, b, kv, first, keys);
     p->decode->values(state->o, p->dv_pad, s, STEP, rows, attn_dense_row(v, b, kv, first), v->dtype, v->stride[2], keys,
                            p->dv);
 }

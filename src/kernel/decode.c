@@ -33,80 +33,19 @@ VINLINE int64_t block_rows(const attn_dtype dtype, int64_t width)
     return rows > 8 ? rows : 8;
 }
 
-/* ---- Scores: four sums at a time, of as many keys as there are no query rows for ---- */
-
-#if defined(ATTN_ISA_AVX512)
-VINLINE void sums_of_4(const vf x[4], float *to)
-{
-    vf ab = _mm512_add_ps(_mm512_unpacklo_ps(x[0], x[1]), _mm512_unpackhi_ps(x[0], x[1]));
-    vf cd = _mm512_add_ps(_mm512_unpacklo_ps(x[2], x[3]), _mm512_unpackhi_ps(x[2], x[3]));
-    vf abcd = _mm512_add_ps(_mm512_castpd_ps(_mm512_unpacklo_pd(_mm512_castps_pd(ab), _mm512_castps_pd(cd))),
-                            _mm512_castpd_ps(_mm512_unpackhi_pd(_mm512_castps_pd(ab), _mm512_castps_pd(cd))));
-    __m256 half = _mm256_add_ps(_mm512_castps512_ps256(abcd), _mm512_extractf32x8_ps(abcd, 1));
-    _mm_storeu_ps(to, _mm_add_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1)));
-}
-#else
-VINLINE void sums_of_4(const vf x[4], float *to)
-{
-    for (int i = 0; i < 4; i++) {
-        to[i] = v_sum(x[i]);
-    }
-}
-#endif
-
-/* Sum i * rows + r is of row r and key j + i. */
-VINLINE void put_sums(const int rows, const int together, float *s, int64_t lds, int64_t j, const float sums[4])
-{
-#pragma GCC unroll 4
-    for (int i = 0; i < together; i++) {
-#pragma GCC unroll 4
-        for (int r = 0; r < rows; r++) {
-            s[r * lds + j + i] = sums[i * rows + r];
-        }
-    }
-}
-
-VINLINE void scores_of(const int rows, const int together, float *s, int64_t lds, const float *q, int64_t ldq, const void *k,
-                       const attn_dtype dtype, int64_t stride, int64_t d, int64_t ahead, int64_t j)
-{
-    int64_t whole = d / VW * VW;
-    int rest = (int)(d - whole);
-    vf acc[4];
-    float sums[4];
-#pragma GCC unroll 4
-    for (int i = 0; i < 4; i++) {
-        acc[i] = v_zero();
-    }
-#pragma GCC unroll 4
-    for (int i = 0; i < together; i++) {
-        int64_t at = (j + i) * stride;
-        for (int64_t c = 0; c < whole; c += VW) {
-            fetch(k, dtype, at + c, c, ahead);
-            vf x = load_as(k, dtype, at + c);
-#pragma GCC unroll 4
-            for (int r = 0; r < rows; r++) {
-                acc[i * rows + r] = v_fma(v_load(q + r * ldq + c), x, acc[i * rows + r]);
-            }
-        }
-        if (rest > 0) {
-            vf x = load_as_n(k, dtype, at + whole, rest);
-#pragma GCC unroll 4
-            for (int r = 0; r < rows; r++) {
-                acc[i * rows + r] = v_fma(v_load_n(q + r * ldq + whole, rest), x, acc[i * rows + r]);
-            }
-        }
-    }
-    sums_of_4(acc, sums);
-    put_sums(rows, together, s, lds, j, sums);
-}
+/* ---- Products of vectors ----
+ *
+ * int8 by whole numbers, where there is VNNI: 64 bytes of keys or values take 16 multiply-adds of f32 and 4 conversions for four
+ * query rows, more time than memory needs to bring them. In 16-bit pairs it is 8 and 2. Queries and weights are rounded to 15 bits
+ * and sign of their row's largest number; sums are exact: 512 products of 128 and 32767 fit 32 bits. */
 
 #if defined(ATTN_ISA_AVX512VNNI)
-/* ---- int8 by whole numbers ----
- *
- * 64 bytes of keys take 16 multiply-adds of f32 and 8 conversions for four query rows, more time than memory needs to bring them. In
- * 16-bit pairs it is 8 and 2. Queries and weights are rounded to 15 bits and sign of their row's largest number; sums are exact: 512
- * products of 128 and 32767 fit 32 bits. */
+#define WHOLE_NUMBERS 1
+#else
+#define WHOLE_NUMBERS 0
+#endif
 
+#if WHOLE_NUMBERS
 #define MOST_I8 512     /* width of rows: their sums fit */
 #define SMALLEST 1e-30f /* rows whose largest number is smaller, or not finite, go the common way: 32767 / it must be finite */
 
@@ -132,51 +71,187 @@ VINLINE float round_16(int16_t *to, const float *from, int64_t count)
     return most > 0 ? most / 32767 : 1;
 }
 
-VINLINE __m512i add_pairs_32(__m512i a, __m512i b)
+/* One vector of a key or value row; whole: of 16-bit numbers from int8. */
+VINLINE vf load_operand(const int whole, const void *from, const attn_dtype dtype)
 {
-    return _mm512_add_epi32(_mm512_unpacklo_epi32(a, b), _mm512_unpackhi_epi32(a, b));
+    return whole ? _mm512_castsi512_ps(_mm512_cvtepi8_epi16(_mm256_loadu_si256(from))) : load_as(from, dtype, 0);
 }
 
-VINLINE __m512i add_pairs_64(__m512i a, __m512i b)
+/* acc += a b; whole: of 16-bit pairs, as 32-bit numbers (of the intrinsic GCC copies the sums around each product). */
+VINLINE void multiply_add(const int whole, vf *acc, vf a, vf b)
 {
-    return _mm512_add_epi32(_mm512_unpacklo_epi64(a, b), _mm512_unpackhi_epi64(a, b));
+    if (whole) {
+        __asm__("vpdpwssd %2, %1, %0" : "+v"(*acc) : "v"(a), "v"(b));
+    } else {
+        *acc = v_fma(a, b, *acc);
+    }
+}
+#else
+VINLINE vf load_operand(const int whole, const void *from, const attn_dtype dtype)
+{
+    (void)whole;
+    return load_as(from, dtype, 0);
 }
 
-VINLINE void scores_of_i8(const int rows, const int together, float *s, int64_t lds, int16_t whole[][MOST_I8], const float *unit,
-                          const int8_t *k, int64_t stride, int64_t d, int64_t ahead, int64_t j)
+VINLINE void multiply_add(const int whole, vf *acc, vf a, vf b)
 {
-    __m512i acc[4];
-    float sums[4];
-#pragma GCC unroll 4
+    (void)whole;
+    *acc = v_fma(a, b, *acc);
+}
+#endif
+
+/* ---- Scores ----
+ *
+ * Of four keys at a time where registers allow it, so that queries are loaded once for all of them. f32 goes key by key, in the order of
+ * memory, with four sums: it is memory that takes the time. */
+
+VINLINE int keys_together(const int rows, const attn_dtype dtype)
+{
+    return V_REGISTERS == 32 && dtype != ATTN_F32 ? 4 : 4 / rows;
+}
+
+#if defined(ATTN_ISA_AVX512)
+VINLINE vf add_as(const int whole, vf a, vf b)
+{
+    return whole ? _mm512_castsi512_ps(_mm512_add_epi32(_mm512_castps_si512(a), _mm512_castps_si512(b))) : _mm512_add_ps(a, b);
+}
+
+VINLINE void sums_of_4(const int whole, const vf x[4], float unit, float *to)
+{
+    vf ab = add_as(whole, _mm512_unpacklo_ps(x[0], x[1]), _mm512_unpackhi_ps(x[0], x[1]));
+    vf cd = add_as(whole, _mm512_unpacklo_ps(x[2], x[3]), _mm512_unpackhi_ps(x[2], x[3]));
+    vf abcd = add_as(whole, _mm512_castpd_ps(_mm512_unpacklo_pd(_mm512_castps_pd(ab), _mm512_castps_pd(cd))),
+                     _mm512_castpd_ps(_mm512_unpackhi_pd(_mm512_castps_pd(ab), _mm512_castps_pd(cd))));
+    __m256 low = _mm512_castps512_ps256(abcd), high = _mm512_extractf32x8_ps(abcd, 1);
+    if (whole) {
+        __m256i half = _mm256_add_epi32(_mm256_castps_si256(low), _mm256_castps_si256(high));
+        __m128i sum = _mm_add_epi32(_mm256_castsi256_si128(half), _mm256_extracti128_si256(half, 1));
+        _mm_storeu_ps(to, _mm_mul_ps(_mm_cvtepi32_ps(sum), _mm_set1_ps(unit)));
+    } else {
+        __m256 half = _mm256_add_ps(low, high);
+        _mm_storeu_ps(to, _mm_add_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1)));
+    }
+}
+#else
+VINLINE void sums_of_4(const int whole, const vf x[4], float unit, float *to)
+{
+    (void)whole, (void)unit;
     for (int i = 0; i < 4; i++) {
-        acc[i] = _mm512_setzero_si512();
+        to[i] = v_sum(x[i]);
+    }
+}
+#endif
+
+/* One vector of columns of `keys` keys: acc[r * step + i] += of row r and key i. `q` and `k` at those columns. */
+VINLINE void score_vector(const int rows, const int keys, const int step, const int whole, vf acc[], const char *q, int64_t ldq,
+                          const char *k, const attn_dtype dtype, int64_t stride)
+{
+    vf x[4];
+#pragma GCC unroll 4
+    for (int i = 0; i < keys; i++) {
+        x[i] = load_operand(whole, k + i * stride, dtype);
     }
 #pragma GCC unroll 4
-    for (int i = 0; i < together; i++) {
-        int64_t at = (j + i) * stride;
-        for (int64_t c = 0; c < d; c += 32) {
-            fetch(k, ATTN_I8, at + c, c, ahead);
-            __m512i x = _mm512_cvtepi8_epi16(_mm256_loadu_si256((const void *)(k + at + c)));
+    for (int r = 0; r < rows; r++) {
+        vf y = v_load((const void *)(q + r * ldq));
+#pragma GCC unroll 4
+        for (int i = 0; i < keys; i++) {
+            multiply_add(whole, &acc[r * step + i], x[i], y);
+        }
+    }
+}
+
+/* All columns of `keys` keys; strides and `ahead` in bytes. */
+VINLINE void score_keys(const int rows, const int keys, const int step, const int whole, vf acc[], const char *q, int64_t ldq,
+                        const char *k, const attn_dtype dtype, int64_t stride, int64_t d, int64_t ahead)
+{
+    const int columns = whole ? 2 * VW : VW, bytes = columns * (int)size_of(dtype), line = bytes < 64 ? 64 / bytes : 1;
+    int64_t c = 0;
+    for (; c + line * columns <= d; c += line * columns) {
+#pragma GCC unroll 4
+        for (int i = 0; i < keys; i++) {
+            __builtin_prefetch((const void *)((uintptr_t)k + (uintptr_t)(i * stride + ahead)), 0, 2);
+            if (keys > 1) { /* rows side by side: the machine does not see which lines come next */
+                __builtin_prefetch((const void *)((uintptr_t)k + (uintptr_t)((i + keys) * stride)), 0, 3);
+            }
+        }
+#pragma GCC unroll 4
+        for (int l = 0; l < line; l++, q += VW * 4, k += bytes) {
+            score_vector(rows, keys, step, whole, acc, q, ldq, k, dtype, stride);
+        }
+    }
+    for (; c + columns <= d; c += columns, q += VW * 4, k += bytes) {
+        score_vector(rows, keys, step, whole, acc, q, ldq, k, dtype, stride);
+    }
+    int rest = (int)(d - c);
+    if (rest > 0) {
+#pragma GCC unroll 4
+        for (int i = 0; i < keys; i++) {
+            vf x = load_as_n(k + i * stride, dtype, 0, rest);
 #pragma GCC unroll 4
             for (int r = 0; r < rows; r++) {
-                acc[i * rows + r] = _mm512_dpwssd_epi32(acc[i * rows + r], x, _mm512_loadu_si512(whole[r] + c));
+                acc[r * step + i] = v_fma(v_load_n((const void *)(q + r * ldq), rest), x, acc[r * step + i]);
             }
         }
     }
-    __m512i all = add_pairs_64(add_pairs_32(acc[0], acc[1]), add_pairs_32(acc[2], acc[3]));
-    __m256i half = _mm256_add_epi32(_mm512_castsi512_si256(all), _mm512_extracti64x4_epi64(all, 1));
-    __m128i total = _mm_add_epi32(_mm256_castsi256_si128(half), _mm256_extracti128_si256(half, 1));
-    _mm_storeu_ps(sums, _mm_mul_ps(_mm_cvtepi32_ps(total), _mm_loadu_ps(unit)));
-    put_sums(rows, together, s, lds, j, sums);
 }
 
+/* `unit`: what scores of whole numbers are multiplied by, of each row. */
+VINLINE void scores_of(const int rows, const int keys, const int whole, float *s, int64_t lds, const char *q, int64_t ldq,
+                       const float *unit, const char *k, const attn_dtype dtype, int64_t stride, int64_t d, int64_t ahead)
+{
+    const int at_once = dtype == ATTN_F32 ? 1 : keys;
+    vf acc[16];
+#pragma GCC unroll 16
+    for (int i = 0; i < 16; i++) {
+        acc[i] = v_zero();
+    }
+#pragma GCC unroll 4
+    for (int i = 0; i < keys; i += at_once) {
+        score_keys(rows, at_once, keys, whole, acc + i, q, ldq, k + i * stride, dtype, stride, d, ahead);
+    }
+    if (keys == 4) {
+#pragma GCC unroll 4
+        for (int r = 0; r < rows; r++) {
+            sums_of_4(whole, acc + 4 * r, whole ? unit[r] : 0, s + r * lds);
+        }
+    } else {
+        float sums[4];
+        sums_of_4(whole, acc, 1, sums);
+#pragma GCC unroll 4
+        for (int r = 0; r < rows; r++) {
+#pragma GCC unroll 4
+            for (int i = 0; i < keys; i++) {
+                s[r * lds + i] = whole ? sums[r * keys + i] * unit[r] : sums[r * keys + i];
+            }
+        }
+    }
+}
+
+VINLINE void scores_rows(const int rows, const int whole, float *s, int64_t lds, const void *q, int64_t ldq, const float *unit,
+                         const void *k, const attn_dtype dtype, int64_t stride, int64_t keys, int64_t d)
+{
+    const int together = keys_together(rows, dtype);
+    int64_t ahead = distance(dtype, stride, d);
+    const char *at = k;
+    stride *= size_of(dtype);
+    int64_t j = 0;
+    for (; j + together <= keys; j += together, at += together * stride) {
+        __asm__("" : "+r"(at)); /* addresses of all its rows would not fit the registers */
+        scores_of(rows, together, whole, s + j, lds, q, ldq, unit, at, dtype, stride, d, ahead);
+    }
+    for (; j < keys; j++, at += stride) {
+        scores_of(rows, 1, whole, s + j, lds, q, ldq, unit, at, dtype, stride, d, ahead);
+    }
+}
+
+#if WHOLE_NUMBERS
 /* Scores of all keys, unless these queries or widths go the common way: then 0. */
-VINLINE int scores_i8(const int rows, float *s, int64_t lds, const float *q, int64_t ldq, const int8_t *k, int64_t stride, int64_t keys,
-                      int64_t d)
+VINLINE int scores_i8(const int rows, float *s, int64_t lds, const float *q, int64_t ldq, const void *k, int64_t stride,
+                      int64_t keys, int64_t d)
 {
     int16_t whole[4][MOST_I8];
-    float unit[4] = {0};
-    const int together = 4 / rows;
+    float unit[4];
     if (d % 32 != 0 || d > MOST_I8) {
         return 0;
     }
@@ -186,16 +261,7 @@ VINLINE int scores_i8(const int rows, float *s, int64_t lds, const float *q, int
             return 0;
         }
     }
-    for (int i = rows; i < 4; i++) {
-        unit[i] = unit[i % rows];
-    }
-    int64_t j = 0, ahead = distance(ATTN_I8, stride, d);
-    for (; j + together <= keys; j += together) {
-        scores_of_i8(rows, together, s, lds, whole, unit, k, stride, d, ahead, j);
-    }
-    for (; j < keys; j++) {
-        scores_of_i8(rows, 1, s, lds, whole, unit, k, stride, d, ahead, j);
-    }
+    scores_rows(rows, 1, s, lds, whole, sizeof whole[0], unit, k, ATTN_I8, stride, keys, d);
     return 1;
 }
 
@@ -205,33 +271,33 @@ VINLINE int scores_i8(const int rows, float *s, int64_t lds, const float *q, int
 VINLINE void values_i8_tile(const int rows, float *o, int64_t ldo, int16_t p[][KEYS_I8], const float *unit, const int8_t *v,
                             int64_t stride, int64_t begin, int64_t end, int64_t ahead)
 {
-    __m512i acc[4][4];
+    vf acc[4][4];
 #pragma GCC unroll 4
     for (int r = 0; r < rows; r++) {
 #pragma GCC unroll 4
         for (int i = 0; i < 4; i++) {
-            acc[r][i] = _mm512_setzero_si512();
+            acc[r][i] = v_zero();
         }
     }
     for (int64_t j = begin; j < end; j += 2) {
         const int8_t *one = v + j * stride, *two = j + 1 < end ? one + stride : one;
-        __m512i x[4];
+        vf x[4];
         fetch(one, ATTN_I8, 0, 0, ahead);
 #pragma GCC unroll 2
         for (int i = 0; i < 2; i++) {
-            __m512i a = _mm512_cvtepi8_epi16(_mm256_loadu_si256((const void *)(one + 32 * i)));
-            __m512i b = _mm512_cvtepi8_epi16(_mm256_loadu_si256((const void *)(two + 32 * i)));
-            x[2 * i] = _mm512_unpacklo_epi16(a, b);
-            x[2 * i + 1] = _mm512_unpackhi_epi16(a, b);
+            __m512i a = _mm512_castps_si512(load_operand(1, one + 32 * i, ATTN_I8));
+            __m512i b = _mm512_castps_si512(load_operand(1, two + 32 * i, ATTN_I8));
+            x[2 * i] = _mm512_castsi512_ps(_mm512_unpacklo_epi16(a, b));
+            x[2 * i + 1] = _mm512_castsi512_ps(_mm512_unpackhi_epi16(a, b));
         }
 #pragma GCC unroll 4
         for (int r = 0; r < rows; r++) {
             int32_t pair;
             memcpy(&pair, p[r] + j, sizeof pair);
-            __m512i w = _mm512_set1_epi32(pair);
+            vf w = _mm512_castsi512_ps(_mm512_set1_epi32(pair));
 #pragma GCC unroll 4
             for (int i = 0; i < 4; i++) {
-                acc[r][i] = _mm512_dpwssd_epi32(acc[r][i], x[i], w);
+                multiply_add(1, &acc[r][i], x[i], w);
             }
             if (r == rows / 2) {
                 fetch(two, ATTN_I8, 0, 0, ahead);
@@ -248,10 +314,10 @@ VINLINE void values_i8_tile(const int rows, float *o, int64_t ldo, int16_t p[][K
 #pragma GCC unroll 2
         for (int i = 0; i < 2; i++) {
             float *to = o + r * ldo + 32 * i;
-            __m512i a = _mm512_permutex2var_epi32(acc[r][2 * i], first, acc[r][2 * i + 1]);
-            __m512i b = _mm512_permutex2var_epi32(acc[r][2 * i], second, acc[r][2 * i + 1]);
-            v_store(to, v_fma(_mm512_cvtepi32_ps(a), by, v_load(to)));
-            v_store(to + VW, v_fma(_mm512_cvtepi32_ps(b), by, v_load(to + VW)));
+            vf a = _mm512_permutex2var_ps(acc[r][2 * i], first, acc[r][2 * i + 1]);
+            vf b = _mm512_permutex2var_ps(acc[r][2 * i], second, acc[r][2 * i + 1]);
+            v_store(to, v_fma(_mm512_cvtepi32_ps(_mm512_castps_si512(a)), by, v_load(to)));
+            v_store(to + VW, v_fma(_mm512_cvtepi32_ps(_mm512_castps_si512(b)), by, v_load(to + VW)));
         }
     }
 }
@@ -283,34 +349,27 @@ VINLINE int64_t values_i8(const int rows, float *o, int64_t ldo, const float *p,
 }
 #endif
 
-VINLINE void scores_rows(const int rows, float *s, int64_t lds, const float *q, int64_t ldq, const void *k,
-                         const attn_dtype dtype, int64_t stride, int64_t keys, int64_t d)
+VINLINE void scores_either(const int rows, float *s, int64_t lds, const float *q, int64_t ldq, const void *k,
+                           const attn_dtype dtype, int64_t stride, int64_t keys, int64_t d)
 {
-#if defined(ATTN_ISA_AVX512VNNI)
+#if WHOLE_NUMBERS
     if (dtype == ATTN_I8 && scores_i8(rows, s, lds, q, ldq, k, stride, keys, d)) {
         return;
     }
 #endif
-    const int together = 4 / rows;
-    int64_t j = 0, ahead = distance(dtype, stride, d);
-    for (; j + together <= keys; j += together) {
-        scores_of(rows, together, s, lds, q, ldq, k, dtype, stride, d, ahead, j);
-    }
-    for (; j < keys; j++) {
-        scores_of(rows, 1, s, lds, q, ldq, k, dtype, stride, d, ahead, j);
-    }
+    scores_rows(rows, 0, s, lds, q, ldq * 4, NULL, k, dtype, stride, keys, d);
 }
 
 VINLINE void scores_any(float *s, int64_t lds, const float *q, int64_t ldq, int64_t rows, const void *k,
                         const attn_dtype dtype, int64_t stride, int64_t keys, int64_t d)
 {
     for (; rows >= 4; rows -= 4, s += 4 * lds, q += 4 * ldq) {
-        scores_rows(4, s, lds, q, ldq, k, dtype, stride, keys, d);
+        scores_either(4, s, lds, q, ldq, k, dtype, stride, keys, d);
     }
     switch (rows) {
-    case 3: scores_rows(3, s, lds, q, ldq, k, dtype, stride, keys, d); break;
-    case 2: scores_rows(2, s, lds, q, ldq, k, dtype, stride, keys, d); break;
-    case 1: scores_rows(1, s, lds, q, ldq, k, dtype, stride, keys, d); break;
+    case 3: scores_either(3, s, lds, q, ldq, k, dtype, stride, keys, d); break;
+    case 2: scores_either(2, s, lds, q, ldq, k, dtype, stride, keys, d); break;
+    case 1: scores_either(1, s, lds, q, ldq, k, dtype, stride, keys, d); break;
     default: break;
     }
 }
@@ -369,7 +428,7 @@ VINLINE void values_rows(const int rows, float *o, int64_t ldo, const float *p, 
                          const attn_dtype dtype, int64_t stride, int64_t keys, int64_t dv)
 {
     int64_t done = 0, block = block_rows(dtype, dv), ahead = distance(dtype, stride, dv), c = 0;
-#if defined(ATTN_ISA_AVX512VNNI)
+#if WHOLE_NUMBERS
     if (dtype == ATTN_I8) {
         done = values_i8(rows, o, ldo, p, ldp, v, stride, keys, dv);
     }
@@ -420,5 +479,21 @@ static void values(float *o, int64_t ldo, const float *p, int64_t ldp, int64_t r
     BY_DTYPE(values_any(o, ldo, p, ldp, rows, v, dtype, stride, keys, dv))
 }
 
+static void scale_keys(float *s, int64_t lds, int64_t rows, const float *by, int64_t stride, int64_t keys)
+{
+    for (int64_t j = 0; j < keys; j += VW) {
+        int lanes = keys - j < VW ? (int)(keys - j) : VW;
+        float apart[VW];
+        for (int i = 0; stride != 1 && i < lanes; i++) {
+            apart[i] = by[(j + i) * stride];
+        }
+        vf factors = v_load_n(stride == 1 ? by + j : apart, lanes);
+        for (int64_t r = 0; r < rows; r++) {
+            float *at = s + r * lds + j;
+            v_store_n(at, v_mul(v_load_n(at, lanes), factors), lanes);
+        }
+    }
+}
+
 extern const attn_decode_kernels ATTN_K(attn_decode_kernels_table);
-const attn_decode_kernels ATTN_K(attn_decode_kernels_table) = {.scores = scores, .values = values};
+const attn_decode_kernels ATTN_K(attn_decode_kernels_table) = {.scores = scores, .values = values, .scale_keys = scale_keys};

@@ -16,6 +16,8 @@ typedef struct attn_decode_kernels {
     /* o[r*ldo + c] += sum_j p[r*ldp + j] v[j][c] */
     void (*values)(float *o, int64_t ldo, const float *p, int64_t ldp, int64_t rows, const void *v, attn_dtype dtype, int64_t stride,
                    int64_t keys, int64_t dv);
+    /* s[r*lds + j] *= by[j * stride]: scores and weights of int8 rows by the scales of these */
+    void (*scale_keys)(float *s, int64_t lds, int64_t rows, const float *by, int64_t stride, int64_t keys);
 } attn_decode_kernels;
 
 /* For this machine, or what ATTN_ISA asks for. */
