@@ -16,6 +16,7 @@
 #define BACK_ROWS 64   /* in backward, where each pass of rows adds to the gradients of all keys */
 #define MOST_STRIPES 8 /* of the image in backward */
 #define TASKS_AHEAD 2  /* what one task asks for comes too late for the next */
+#define RUNS 8         /* of neighbouring tasks per thread */
 
 typedef struct problem {
     const attn_windows *w;
@@ -408,7 +409,9 @@ attn_status attn_windows_forward(const attn_windows *w, attn_arena *arena, int t
     ATTN_TRY(make_problem(&p, w, ROWS, arena));
     ATTN_TRY(make_workers(&p, &workers, arena, threads, 0));
     int64_t blocks = p.blocks[0] * p.blocks[1], tasks = w->batch * w->kv_heads * blocks;
-#pragma omp parallel for schedule(dynamic, 4) num_threads(threads) if (threads > 1 && tasks > 4)
+    /* Long runs: what a task asks for is for the same thread. */
+    int64_t run = attn_ceil_div(tasks, RUNS * threads);
+#pragma omp parallel for schedule(dynamic, run) num_threads(threads) if (threads > 1 && tasks > 4)
     for (int64_t i = 0; i < tasks; i++) {
         attend(&p, &workers[omp_get_thread_num()], i);
     }
