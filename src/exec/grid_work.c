@@ -99,13 +99,17 @@ static void choose_tile(grid_work *w, int64_t least_unit, int64_t most_unit)
     int64_t from, to, y_from, y_to;
     query_places(&w->axis[X].a, 0, &from, &to);
     query_places(&w->axis[Y].a, 0, &y_from, &y_to);
-    double best = INFINITY, z = mean_extent(&w->axis[Z].a, 1), all_y = mean_extent(&w->axis[Y].a, y_to - y_from);
+    double best = INFINITY, z = mean_extent(&w->axis[Z].a, 1), own_y = mean_extent(&w->axis[Y].a, 1);
+    double all_y = mean_extent(&w->axis[Y].a, y_to - y_from);
     double packs = attn_max_i64(y_to - y_from, 1) > 1 ? 2 : all_y * z; /* keys of a column packed per query of it */
     w->unit = most_unit;
     w->tile_x = w->tile_y = 1;
     for (int64_t x = 1; x <= attn_min_i64(48, attn_max_i64(1, to - from)); x++) {
         double width = mean_extent(&w->axis[X].a, x), pack = PACK_COST * packs * width / (double)x;
         int64_t most = attn_max_i64(1, GRID_ROWS / x), least = attn_max_i64(1, GRID_ROWS / 2 / x);
+        if (own_y * width * z + pack >= best) {
+            continue; /* even queries alone would cost more */
+        }
         for (int64_t y = least; y <= most; y++) {
             for (int64_t unit = most_unit; unit >= least_unit; unit -= 2) {
                 double cost = tile_cost(w, unit, y, x, width, z) + pack;
