@@ -155,11 +155,11 @@ static attn_maps train_maps(const attn_call *call)
 }
 
 /* Attention of all layers: o (may be NULL) and the watched columns. A task owns rows of a sample and goes through all its layers and
- * heads in order, so that columns add up without a reduction. */
+ * heads in order, so that columns add up without a reduction. Samples without concepts leave little to do: tasks are taken one by one. */
 static void train_attend(attn_call *call, const attn_maps *m, const calibration *c, float *o)
 {
     int64_t heads = attn_dim(call, "H"), maps = attn_dim(call, "L") * heads, blocks = attn_ceil_div(m->n, ATTN_MAPS_ROWS);
-#pragma omp parallel for num_threads(call->threads)
+#pragma omp parallel for schedule(dynamic, 1) num_threads(call->threads)
     for (int64_t task = 0; task < c->batch * blocks; task++) {
         int64_t b = task / blocks, first = task % blocks * ATTN_MAPS_ROWS, rows = attn_min_i64(ATTN_MAPS_ROWS, m->n - first);
         int64_t watched = disendiff_is_active(c, b) ? 2 * c->concepts : 0;
