@@ -483,7 +483,7 @@ attn_status attn_op_forward(const attn_op *op, const attn_named_tensor *in, int 
     return status;
 }
 
-/* Outputs for a backward call: the saved ones, converted; the rest is computed again. */
+/* Outputs for a backward call: the saved ones, converted; the rest is computed again if backward reads any of it. */
 static attn_status saved_outputs(attn_call *call, const attn_named_tensor *out, int out_count)
 {
     const attn_op_info *info = &call->cls->info;
@@ -505,7 +505,8 @@ static attn_status saved_outputs(attn_call *call, const attn_named_tensor *out, 
         given[port] = i;
     }
     for (int i = 0; i < info->port_count; i++) {
-        missing |= info->ports[i].direction == ATTN_PORT_OUT && call->t[i] != NULL && given[i] < 0;
+        missing |= info->ports[i].direction == ATTN_PORT_OUT && call->t[i] != NULL && given[i] < 0 &&
+                   (info->ports[i].flags & ATTN_PORT_NO_BACKWARD) == 0;
     }
     if (missing) {
         return run(call, call->cls->forward);

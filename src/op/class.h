@@ -8,7 +8,8 @@
  * - unless a port says ATTN_PORT_ANY_LAYOUT, tensors are contiguous; floats are f32, integers i64, booleans bytes;
  * - call->t[PORT] is NULL for an absent optional input, for an output that `bind` dropped, and for an ATTN_PORT_ON_REQUEST output
  *   (in forward, also an ATTN_PORT_FOR_BACKWARD one) that nobody asked for; all other outputs are always there (in scratch memory when the caller does not want them);
- * - in backward, call->t[] has inputs and outputs, call->grad[OUTPUT] the incoming gradient (NULL when not given; at least one is),
+ * - in backward, call->t[] has inputs and outputs (ATTN_PORT_NO_BACKWARD ones may hold anything), call->grad[OUTPUT] the incoming
+ *   gradient (NULL when not given; at least one is),
  *   call->grad[INPUT] is zero-filled contiguous f32, or NULL when not asked for;
  * - call->arena is scratch memory that is released after the call; call->threads is the number of OpenMP threads.
  */

@@ -22,10 +22,10 @@ typedef struct disendiff_params {
     ATTN_P_INT("freeze", disendiff_params, freeze, "1", 0, INFINITY, "keys and values of the first tokens get no gradient"), \
         ATTN_P_SCALE(disendiff_params, scale)
 #define LOSS_PORTS                                                                                                     \
-    ATTN_OUT("loss", "1", FLOAT, ATTN_PORT_DIFF, "bind + separate"),                                                   \
-        ATTN_OUT("bind", "1", FLOAT, 0, "how far modifiers look from their classes"),                                   \
-        ATTN_OUT("separate", "1", FLOAT, 0, "overlap of different classes"),                                            \
-        ATTN_OUT("maps", "B,maps,gh,gw", FLOAT, 0, "C modifier maps, then C class maps, as compared")
+    ATTN_OUT("loss", "1", FLOAT, ATTN_PORT_DIFF | ATTN_PORT_NO_BACKWARD, "bind + separate"),                           \
+        ATTN_OUT("bind", "1", FLOAT, ATTN_PORT_NO_BACKWARD, "how far modifiers look from their classes"),              \
+        ATTN_OUT("separate", "1", FLOAT, ATTN_PORT_NO_BACKWARD, "overlap of different classes"),                       \
+        ATTN_OUT("maps", "B,maps,gh,gw", FLOAT, ATTN_PORT_NO_BACKWARD, "C modifier maps, then C class maps, as compared")
 
 /* The watched columns X [B, 2C, N]: the C modifiers, then their classes. */
 typedef struct calibration {

@@ -17,8 +17,8 @@ static const attn_port_info attention_ports[] = {
     ATTN_IN("q", "B,H,N,D", FLOAT, ATTN_PORT_DIFF, "queries (picture positions)"),
     ATTN_IN("k", "B,Hkv,T,D", FLOAT, ATTN_PORT_DIFF, "keys (text tokens)"),
     ATTN_IN("v", "B,Hkv,T,Dv", FLOAT, ATTN_PORT_DIFF, "values"),
-    ATTN_OUT("o", "B,H,N,Dv", FLOAT, ATTN_PORT_DIFF, "the attention output"),
-    ATTN_OUT("attn", "B,H,N,T", FLOAT, ATTN_PORT_DIFF, "the attention map"),
+    ATTN_OUT("o", "B,H,N,Dv", FLOAT, ATTN_PORT_DIFF | ATTN_PORT_NO_BACKWARD, "the attention output"),
+    ATTN_OUT("attn", "B,H,N,T", FLOAT, ATTN_PORT_DIFF | ATTN_PORT_NO_BACKWARD, "the attention map"),
 };
 
 static attn_status attention_bind(attn_call *call)
@@ -135,7 +135,7 @@ static const attn_port_info train_ports[] = {
     ATTN_IN("k", "L,B,H,T,D", FLOAT, ATTN_PORT_DIFF, "keys (text tokens)"),
     ATTN_IN("v", "L,B,H,T,Dv", FLOAT, ATTN_PORT_DIFF, "values"),
     ATTN_IN("modifier", "B,C", INT, 0, "text position of each concept's modifier, its class word follows; a row of -1: none"),
-    ATTN_OUT("o", "L,B,H,N,Dv", FLOAT, ATTN_PORT_DIFF, "the attention output"),
+    ATTN_OUT("o", "L,B,H,N,Dv", FLOAT, ATTN_PORT_DIFF | ATTN_PORT_NO_BACKWARD, "the attention output"),
     LOSS_PORTS,
 };
 

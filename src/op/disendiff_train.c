@@ -11,7 +11,7 @@ static const attn_port_info recon_ports[] = {
     ATTN_IN("pred", "B,Ch,h,w", FLOAT, ATTN_PORT_DIFF, "prediction"),
     ATTN_IN("target", "B,Ch,h,w", FLOAT, 0, "what it should be"),
     ATTN_IN("mask", "B,1,h,w", FLOAT, 0, "weight of each position"),
-    ATTN_OUT("loss", "1", FLOAT, ATTN_PORT_DIFF, "masked squared error"),
+    ATTN_OUT("loss", "1", FLOAT, ATTN_PORT_DIFF | ATTN_PORT_NO_BACKWARD, "masked squared error"),
 };
 
 static double mask_area(const attn_call *call, int64_t b, int64_t cells)
@@ -76,7 +76,7 @@ static const attn_port_info embed_ports[] = {
     ATTN_IN("table", "V,C", FLOAT, ATTN_PORT_DIFF, "embedding rows"),
     ATTN_IN("ids", "B,T", INT, 0, "token ids"),
     ATTN_IN("modifiers", "n", INT, 0, "ids whose rows get a gradient"),
-    ATTN_OUT("o", "B,T,C", FLOAT, ATTN_PORT_DIFF, "the rows of the ids"),
+    ATTN_OUT("o", "B,T,C", FLOAT, ATTN_PORT_DIFF | ATTN_PORT_NO_BACKWARD, "the rows of the ids"),
 };
 
 static attn_status check_ids(const attn_tensor *ids, const char *name, int64_t rows)
