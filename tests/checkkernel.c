@@ -281,11 +281,21 @@ static void check_decode_types(const attn_decode_kernels *k, const attn_decode_k
             BENCH(name, k->scores(u, lds, q, d, rows, data, types[t], stride, keys, d),
                   s->scores(v, lds, q, d, rows, data, types[t], stride, keys, d));
         }
-        int64_t apart = draw(1, 3);
-        float *by = floats(keys * apart, 1);
-        k->scale_keys(u, lds, rows, by, apart, keys);
-        s->scale_keys(v, lds, rows, by, apart, keys);
+        int64_t apart = draw(1, 3), entries = keys + draw(0, 90);
+        int32_t *list = malloc((size_t)entries * sizeof *list);
+        for (int64_t j = 0; j < entries; j++) {
+            list[j] = (int32_t)draw(0, keys - 1);
+        }
+        float *by = floats(keys * apart, 1), *w = copy(u, rows * lds), *w2 = copy(w, rows * lds);
+        k->scale_keys(u, lds, rows, by, apart, NULL, keys);
+        s->scale_keys(v, lds, rows, by, apart, NULL, keys);
         same("decode_scale_keys", u, v, rows * lds, tolerance);
+        k->scores_listed(w, lds, q, d, rows, data, types[t], stride, list, keys, entries, d);
+        s->scores_listed(w2, lds, q, d, rows, data, types[t], stride, list, keys, entries, d);
+        k->scale_keys(w, lds, rows, by, apart, list, keys);
+        s->scale_keys(w2, lds, rows, by, apart, list, keys);
+        snprintf(name, sizeof name, "decode_scores_listed %s", attn_dtype_name(types[t]));
+        same(name, w, w2, rows * lds, tolerance);
         float *o = floats(rows * stride, 1), *o2 = copy(o, rows * stride);
         k->values(o, stride, u, lds, rows, data, types[t], stride, keys, d);
         s->values(o2, stride, u, lds, rows, data, types[t], stride, keys, d);
@@ -295,6 +305,12 @@ static void check_decode_types(const attn_decode_kernels *k, const attn_decode_k
             BENCH(name, k->values(o, stride, u, lds, rows, data, types[t], stride, keys, d),
                   s->values(o2, stride, u, lds, rows, data, types[t], stride, keys, d));
         }
+        memcpy(o2, o, (size_t)(rows * stride) * sizeof *o);
+        k->values_listed(o, stride, u, lds, rows, data, types[t], stride, list, keys, entries, d);
+        s->values_listed(o2, stride, u, lds, rows, data, types[t], stride, list, keys, entries, d);
+        snprintf(name, sizeof name, "decode_values_listed %s", attn_dtype_name(types[t]));
+        same(name, o, o2, rows * stride, tolerance);
+        free(list);
         release();
     }
 }

@@ -37,8 +37,9 @@ static void random_gather(void **state)
 static void decode(void **state)
 {
     (void)state;
-    for (int i = 0; i < 10; i++) {
-        sparse_case c = {.b = 1 + i % 2, .h = 8, .hkv = 2, .n = 1, .m = 3000, .d = 32, .dv = 48, .dtype = i % 3 == 2 ? ATTN_I8 : (attn_dtype)(i % 3)};
+    const attn_dtype types[] = {ATTN_F32, ATTN_F16, ATTN_BF16, ATTN_I8};
+    for (int i = 0; i < 16; i++) {
+        sparse_case c = {.b = 1 + i % 2, .h = 2 * (1 + i % 5), .hkv = 2, .n = 1, .m = 3000, .d = 32, .dv = 48, .dtype = types[i / 2 % 4]};
         attn_random_seed(&generator, 100 + (uint64_t)i);
         attn_dense_defaults(&c.settings);
         sparse_make(&c);

@@ -28,7 +28,7 @@ static void scale_keys(const dense_problem *p, float *s, int64_t rows, const att
 {
     if (scales != NULL) {
         const float *by = (const float *)scales->data + b * scales->stride[0] + kv * scales->stride[1] + first * scales->stride[2];
-        p->decode->scale_keys(s, STEP, rows, by, scales->stride[2], keys);
+        p->decode->scale_keys(s, STEP, rows, by, scales->stride[2], NULL, keys);
     }
 }
 

@@ -1,5 +1,6 @@
-/* Exact softmax attention over lists of keys, forward and backward. Listed rows are copied together a few at a time and then
- * computed with as if they were the whole cache; each is read once for all query rows of its list.
+/* Exact softmax attention over lists of keys, forward and backward. Listed rows are read where they lie when a few query rows share a
+ * list, as in decoding; for more rows, and backward, they are copied together a few at a time and then computed with as if they were the
+ * whole cache. Each is read once for all query rows of its list.
  *
  * Backward: a task is one key/value head, or a fixed share of its query blocks when there are few heads, with gradients of keys and values
  * of its own that are added in order; neither depends on the number of threads.
@@ -11,6 +12,7 @@
 
 #define STEP 128     /* keys of a step; a multiple of all vector widths */
 #define MOST_ROWS 64 /* query rows computed together */
+#define FEW_ROWS 4   /* so few that copying would take longer */
 #define PART 512     /* entries of a task when there are few lists */
 #define ENOUGH_TASKS 16
 
@@ -64,7 +66,7 @@ static rows rows_of(const gather *w, int64_t unit, int64_t block, int64_t chunk)
 }
 
 /* Listed rows lie anywhere, so that the machine does not foresee them: ask for them some entries ahead. */
-#define ENTRIES_AHEAD 8
+#define ENTRIES_AHEAD 16
 static void fetch_ahead(const attn_tensor *t, int64_t b, int64_t kv, int64_t key)
 {
     /* Into L2: a core waits for many more lines there than in L1. */
@@ -126,17 +128,73 @@ static void load_queries(const gather *w, float *q, const rows *g, float factor)
     }
 }
 
+/* The beginnings of lists; the kernels ask for what follows. */
+static void fetch_first(const gather *w, const rows *g, int64_t first, int64_t last)
+{
+    for (int64_t j = first; j < attn_min_i64(last, first + ENTRIES_AHEAD); j++) {
+        fetch_ahead(&w->p->in->k, g->b, g->h0 / w->p->group, w->y->column[j]);
+        fetch_ahead(&w->p->in->v, g->b, g->h0 / w->p->group, w->y->column[j]);
+    }
+}
+
+/* int8: only where exact attention too decodes by whole numbers. */
+static int reads_in_place(const dense_problem *p, const rows *g)
+{
+    const attn_tensor *k = &p->in->k, *v = &p->in->v;
+    int whole = k->dtype == ATTN_I8 || v->dtype == ATTN_I8;
+    return g->rows <= FEW_ROWS && (!whole || p->n == 1) && (k->stride[3] == 1 || p->d == 1) && (v->stride[3] == 1 || p->dv == 1);
+}
+
+static const float *scales_of(const attn_tensor *scales, int64_t b, int64_t kv)
+{
+    return (const float *)scales->data + b * scales->stride[0] + kv * scales->stride[1];
+}
+
+static void scores_in_place(const gather *w, worker *x, const rows *g, int64_t first, int64_t keys, int64_t last)
+{
+    const dense_problem *p = w->p;
+    const attn_tensor *k = &p->in->k, *scales = p->in->k_scale;
+    const int32_t *list = w->y->column + first;
+    int64_t kv = g->h0 / p->group;
+    p->decode->scores_listed(x->s, STEP, x->q, p->d, g->rows, attn_dense_row(k, g->b, kv, 0), k->dtype, k->stride[2], list, keys, last - first,
+                             p->d);
+    if (scales != NULL) {
+        p->decode->scale_keys(x->s, STEP, g->rows, scales_of(scales, g->b, kv), scales->stride[2], list, keys);
+    }
+}
+
+static void values_in_place(const gather *w, worker *x, const rows *g, int64_t first, int64_t keys, int64_t last)
+{
+    const dense_problem *p = w->p;
+    const attn_tensor *v = &p->in->v, *scales = p->in->v_scale;
+    const int32_t *list = w->y->column + first;
+    int64_t kv = g->h0 / p->group;
+    if (scales != NULL) {
+        p->decode->scale_keys(x->s, STEP, g->rows, scales_of(scales, g->b, kv), scales->stride[2], list, keys);
+    }
+    p->decode->values_listed(x->o, p->dv_pad, x->s, STEP, g->rows, attn_dense_row(v, g->b, kv, 0), v->dtype, v->stride[2], list, keys,
+                             last - first, p->dv);
+}
+
 /* Entries [first, last) for all rows of g: o, m and l of the worker. */
 static void attend(const gather *w, worker *x, const rows *g, int64_t first, int64_t last)
 {
     const dense_problem *p = w->p;
     const attn_tile_kernels *kernels = p->kernels;
+    const int in_place = reads_in_place(p, g);
     load_queries(w, x->q, g, (float)(p->base2 ? p->scale * ATTN_LOG2E : p->scale));
     memset(x->o, 0, (size_t)(g->rows * p->dv_pad) * sizeof(float));
+    if (in_place) {
+        fetch_first(w, g, first, last);
+    }
     for (; first < last; first += STEP) {
         int64_t keys = attn_min_i64(STEP, last - first), count = attn_ceil_div(keys, kernels->vw) * kernels->vw;
-        load_keys(w, x, g, first, keys, last);
-        p->decode->scores(x->s, STEP, x->q, p->d, g->rows, x->k, ATTN_F32, p->d, keys, p->d);
+        if (in_place) {
+            scores_in_place(w, x, g, first, keys, last);
+        } else {
+            load_keys(w, x, g, first, keys, last);
+            p->decode->scores(x->s, STEP, x->q, p->d, g->rows, x->k, ATTN_F32, p->d, keys, p->d);
+        }
         for (int64_t r = 0; r < g->rows; r++) {
             finish_scores(w, x->s + r * STEP, g, r, first, keys, NULL);
             for (int64_t j = keys; j < count; j++) {
@@ -149,7 +207,11 @@ static void attend(const gather *w, worker *x, const rows *g, int64_t first, int
                 kernels->scale(x->o + r * p->dv_pad, p->dv, x->alpha[r]);
             }
         }
-        p->decode->values(x->o, p->dv_pad, x->s, STEP, g->rows, x->v, ATTN_F32, p->dv, keys, p->dv);
+        if (in_place) {
+            values_in_place(w, x, g, first, keys, last);
+        } else {
+            p->decode->values(x->o, p->dv_pad, x->s, STEP, g->rows, x->v, ATTN_F32, p->dv, keys, p->dv);
+        }
     }
 }
 

@@ -6,25 +6,42 @@
  * they lie. (Into L1 a core waits for half as many lines; in another order what the machine fetches by itself is of no use.) Past the end
  * of the data it does nothing. */
 #define BYTES_AHEAD 32768
-#define BLOCK_BYTES 8192 /* rows of values that pass through L1 for one tile of columns after another */
+#define BYTES_AHEAD_LISTED 16384 /* of rows that lie anywhere; those of a list's beginning come late */
+#define BLOCK_BYTES 8192         /* rows of values that pass through L1 for one tile of columns after another */
 
 /* Compilers must not gather the fetches of a row at its start, where a core would wait for them, nor keep f32 in registers: read again from
  * L1 they are for free. */
 #define KEEP_ORDER __asm__ volatile("" ::: "memory")
 
-/* As many rows as these bytes hold, in bytes. */
-VINLINE int64_t distance(const attn_dtype dtype, int64_t stride, int64_t width)
+/* Rows of keys or values, one after another or those of a list. */
+typedef struct row_source {
+    const char *first;
+    int64_t stride;      /* bytes */
+    const int32_t *list; /* NULL: row j is the j-th */
+    int64_t last;        /* of the list: what may be asked for */
+    int64_t ahead;       /* rows */
+} row_source;
+
+VINLINE row_source source_of(const void *rows, const attn_dtype dtype, int64_t stride, int64_t width, const int listed,
+                             const int32_t *list, int64_t entries)
 {
-    int64_t size = size_of(dtype);
-    return (BYTES_AHEAD / (width * size) + 1) * stride * size;
+    int64_t size = size_of(dtype), ahead = (listed ? BYTES_AHEAD_LISTED : BYTES_AHEAD) / (width * size) + 1;
+    return (row_source){rows, stride * size, listed ? list : NULL, entries - 1, ahead};
 }
 
-VINLINE void fetch(const void *from, const attn_dtype dtype, int64_t at, int64_t column, int64_t ahead)
+VINLINE const char *row_at(const int listed, const row_source *x, int64_t j)
 {
-    if (column * size_of(dtype) % 64 == 0) {
-        __builtin_prefetch((const void *)((uintptr_t)from + (uintptr_t)(at * size_of(dtype) + ahead)), 0, 2);
-    }
+    return (const char *)((uintptr_t)x->first + (uintptr_t)((listed ? x->list[j] : j) * x->stride));
 }
+
+/* The row to ask for while row j is computed. */
+VINLINE const char *row_ahead(const int listed, const row_source *x, int64_t j)
+{
+    j += x->ahead;
+    return row_at(listed, x, listed && j > x->last ? x->last : j);
+}
+
+VINLINE void fetch(const char *row, int64_t at) { __builtin_prefetch((const void *)((uintptr_t)row + (uintptr_t)at), 0, 2); }
 
 /* An even number of rows of values that fill a quarter of L1. */
 VINLINE int64_t block_rows(const attn_dtype dtype, int64_t width)
@@ -142,14 +159,14 @@ VINLINE void sums_of_4(const int whole, const vf x[4], float unit, float *to)
 }
 #endif
 
-/* One vector of columns of `keys` keys: acc[r * step + i] += of row r and key i. `q` and `k` at those columns. */
+/* One vector of columns of `keys` keys, `at` bytes from their beginnings: acc[r * step + i] += of row r and key i. */
 VINLINE void score_vector(const int rows, const int keys, const int step, const int whole, vf acc[], const char *q, int64_t ldq,
-                          const char *k, const attn_dtype dtype, int64_t stride)
+                          const char *const k[], const attn_dtype dtype, int64_t at)
 {
     vf x[4];
 #pragma GCC unroll 4
     for (int i = 0; i < keys; i++) {
-        x[i] = load_operand(whole, k + i * stride, dtype);
+        x[i] = load_operand(whole, k[i] + at, dtype);
     }
 #pragma GCC unroll 4
     for (int r = 0; r < rows; r++) {
@@ -161,33 +178,33 @@ VINLINE void score_vector(const int rows, const int keys, const int step, const 
     }
 }
 
-/* All columns of `keys` keys; strides and `ahead` in bytes. */
+/* All columns of `keys` keys. `ahead`: rows to ask for; `next`: those that follow. */
 VINLINE void score_keys(const int rows, const int keys, const int step, const int whole, vf acc[], const char *q, int64_t ldq,
-                        const char *k, const attn_dtype dtype, int64_t stride, int64_t d, int64_t ahead)
+                        const char *const k[], const char *const next[], const char *const ahead[], const attn_dtype dtype, int64_t d)
 {
     const int columns = whole ? 2 * VW : VW, bytes = columns * (int)size_of(dtype), line = bytes < 64 ? 64 / bytes : 1;
-    int64_t c = 0;
+    int64_t c = 0, at = 0;
     for (; c + line * columns <= d; c += line * columns) {
 #pragma GCC unroll 4
         for (int i = 0; i < keys; i++) {
-            __builtin_prefetch((const void *)((uintptr_t)k + (uintptr_t)(i * stride + ahead)), 0, 2);
+            fetch(ahead[i], at);
             if (keys > 1) { /* rows side by side: the machine does not see which lines come next */
-                __builtin_prefetch((const void *)((uintptr_t)k + (uintptr_t)((i + keys) * stride)), 0, 3);
+                __builtin_prefetch(next[i] + at, 0, 3);
             }
         }
 #pragma GCC unroll 4
-        for (int l = 0; l < line; l++, q += VW * 4, k += bytes) {
-            score_vector(rows, keys, step, whole, acc, q, ldq, k, dtype, stride);
+        for (int l = 0; l < line; l++, q += VW * 4, at += bytes) {
+            score_vector(rows, keys, step, whole, acc, q, ldq, k, dtype, at);
         }
     }
-    for (; c + columns <= d; c += columns, q += VW * 4, k += bytes) {
-        score_vector(rows, keys, step, whole, acc, q, ldq, k, dtype, stride);
+    for (; c + columns <= d; c += columns, q += VW * 4, at += bytes) {
+        score_vector(rows, keys, step, whole, acc, q, ldq, k, dtype, at);
     }
     int rest = (int)(d - c);
     if (rest > 0) {
 #pragma GCC unroll 4
         for (int i = 0; i < keys; i++) {
-            vf x = load_as_n(k + i * stride, dtype, 0, rest);
+            vf x = load_as_n(k[i] + at, dtype, 0, rest);
 #pragma GCC unroll 4
             for (int r = 0; r < rows; r++) {
                 acc[r * step + i] = v_fma(v_load_n((const void *)(q + r * ldq), rest), x, acc[r * step + i]);
@@ -196,19 +213,26 @@ VINLINE void score_keys(const int rows, const int keys, const int step, const in
     }
 }
 
-/* `unit`: what scores of whole numbers are multiplied by, of each row. */
-VINLINE void scores_of(const int rows, const int keys, const int whole, float *s, int64_t lds, const char *q, int64_t ldq,
-                       const float *unit, const char *k, const attn_dtype dtype, int64_t stride, int64_t d, int64_t ahead)
+/* Of keys j ... j + keys - 1. `unit`: what scores of whole numbers are multiplied by, of each row. */
+VINLINE void scores_of(const int rows, const int keys, const int whole, float *s, int64_t lds, const char *q, int64_t ldq, const float *unit,
+                       const int listed, const row_source *from, const attn_dtype dtype, int64_t d, int64_t j)
 {
     const int at_once = dtype == ATTN_F32 ? 1 : keys;
+    const char *k[4], *next[4], *ahead[4];
     vf acc[16];
 #pragma GCC unroll 16
     for (int i = 0; i < 16; i++) {
         acc[i] = v_zero();
     }
 #pragma GCC unroll 4
+    for (int i = 0; i < keys; i++) {
+        k[i] = row_at(listed, from, j + i);
+        next[i] = row_at(listed, from, listed && j + keys + i > from->last ? from->last : j + keys + i);
+        ahead[i] = row_ahead(listed, from, j + i);
+    }
+#pragma GCC unroll 4
     for (int i = 0; i < keys; i += at_once) {
-        score_keys(rows, at_once, keys, whole, acc + i, q, ldq, k + i * stride, dtype, stride, d, ahead);
+        score_keys(rows, at_once, keys, whole, acc + i, q, ldq, k + i, next + i, ahead + i, dtype, d);
     }
     if (keys == 4) {
 #pragma GCC unroll 4
@@ -229,25 +253,21 @@ VINLINE void scores_of(const int rows, const int keys, const int whole, float *s
 }
 
 VINLINE void scores_rows(const int rows, const int whole, float *s, int64_t lds, const void *q, int64_t ldq, const float *unit,
-                         const void *k, const attn_dtype dtype, int64_t stride, int64_t keys, int64_t d)
+                         const int listed, const row_source *k, const attn_dtype dtype, int64_t keys, int64_t d)
 {
     const int together = keys_together(rows, dtype);
-    int64_t ahead = distance(dtype, stride, d);
-    const char *at = k;
-    stride *= size_of(dtype);
     int64_t j = 0;
-    for (; j + together <= keys; j += together, at += together * stride) {
-        __asm__("" : "+r"(at)); /* addresses of all its rows would not fit the registers */
-        scores_of(rows, together, whole, s + j, lds, q, ldq, unit, at, dtype, stride, d, ahead);
+    for (; j + together <= keys; j += together) {
+        scores_of(rows, together, whole, s + j, lds, q, ldq, unit, listed, k, dtype, d, j);
     }
-    for (; j < keys; j++, at += stride) {
-        scores_of(rows, 1, whole, s + j, lds, q, ldq, unit, at, dtype, stride, d, ahead);
+    for (; j < keys; j++) {
+        scores_of(rows, 1, whole, s + j, lds, q, ldq, unit, listed, k, dtype, d, j);
     }
 }
 
 #if WHOLE_NUMBERS
 /* Scores of all keys, unless these queries or widths go the common way: then 0. */
-VINLINE int scores_i8(const int rows, float *s, int64_t lds, const float *q, int64_t ldq, const void *k, int64_t stride,
+VINLINE int scores_i8(const int rows, float *s, int64_t lds, const float *q, int64_t ldq, const int listed, const row_source *k,
                       int64_t keys, int64_t d)
 {
     int16_t whole[4][MOST_I8];
@@ -261,15 +281,15 @@ VINLINE int scores_i8(const int rows, float *s, int64_t lds, const float *q, int
             return 0;
         }
     }
-    scores_rows(rows, 1, s, lds, whole, sizeof whole[0], unit, k, ATTN_I8, stride, keys, d);
+    scores_rows(rows, 1, s, lds, whole, sizeof whole[0], unit, listed, k, ATTN_I8, keys, d);
     return 1;
 }
 
 #define KEYS_I8 256 /* weights rounded together; few enough that 32 bits hold their sums */
 
-/* 64 columns, for keys begin ... end - 1 in pairs. p: [rows][KEYS_I8], zeros beyond the keys. */
-VINLINE void values_i8_tile(const int rows, float *o, int64_t ldo, int16_t p[][KEYS_I8], const float *unit, const int8_t *v,
-                            int64_t stride, int64_t begin, int64_t end, int64_t ahead)
+/* 64 columns from column c on, for keys begin ... end - 1 in pairs. p: [rows][KEYS_I8], zeros beyond the keys. */
+VINLINE void values_i8_tile(const int rows, float *o, int64_t ldo, int16_t p[][KEYS_I8], const float *unit, const int listed,
+                            const row_source *v, int64_t begin, int64_t end, int64_t c)
 {
     vf acc[4][4];
 #pragma GCC unroll 4
@@ -280,9 +300,10 @@ VINLINE void values_i8_tile(const int rows, float *o, int64_t ldo, int16_t p[][K
         }
     }
     for (int64_t j = begin; j < end; j += 2) {
-        const int8_t *one = v + j * stride, *two = j + 1 < end ? one + stride : one;
+        const int64_t second = j + 1 < end ? j + 1 : j;
+        const char *one = row_at(listed, v, j) + c, *two = row_at(listed, v, second) + c;
         vf x[4];
-        fetch(one, ATTN_I8, 0, 0, ahead);
+        fetch(row_ahead(listed, v, j), c);
 #pragma GCC unroll 2
         for (int i = 0; i < 2; i++) {
             __m512i a = _mm512_castps_si512(load_operand(1, one + 32 * i, ATTN_I8));
@@ -300,22 +321,22 @@ VINLINE void values_i8_tile(const int rows, float *o, int64_t ldo, int16_t p[][K
                 multiply_add(1, &acc[r][i], x[i], w);
             }
             if (r == rows / 2) {
-                fetch(two, ATTN_I8, 0, 0, ahead);
+                fetch(row_ahead(listed, v, second), c);
             }
             KEEP_ORDER;
         }
     }
     /* Unpacking took fours of columns from each 128-bit part in turn. */
-    const __m512i first = _mm512_setr_epi32(0, 1, 2, 3, 16, 17, 18, 19, 4, 5, 6, 7, 20, 21, 22, 23);
-    const __m512i second = _mm512_setr_epi32(8, 9, 10, 11, 24, 25, 26, 27, 12, 13, 14, 15, 28, 29, 30, 31);
+    const __m512i low = _mm512_setr_epi32(0, 1, 2, 3, 16, 17, 18, 19, 4, 5, 6, 7, 20, 21, 22, 23);
+    const __m512i high = _mm512_setr_epi32(8, 9, 10, 11, 24, 25, 26, 27, 12, 13, 14, 15, 28, 29, 30, 31);
 #pragma GCC unroll 4
     for (int r = 0; r < rows; r++) {
         vf by = v_set1(unit[r]);
 #pragma GCC unroll 2
         for (int i = 0; i < 2; i++) {
-            float *to = o + r * ldo + 32 * i;
-            vf a = _mm512_permutex2var_ps(acc[r][2 * i], first, acc[r][2 * i + 1]);
-            vf b = _mm512_permutex2var_ps(acc[r][2 * i], second, acc[r][2 * i + 1]);
+            float *to = o + r * ldo + c + 32 * i;
+            vf a = _mm512_permutex2var_ps(acc[r][2 * i], low, acc[r][2 * i + 1]);
+            vf b = _mm512_permutex2var_ps(acc[r][2 * i], high, acc[r][2 * i + 1]);
             v_store(to, v_fma(_mm512_cvtepi32_ps(_mm512_castps_si512(a)), by, v_load(to)));
             v_store(to + VW, v_fma(_mm512_cvtepi32_ps(_mm512_castps_si512(b)), by, v_load(to + VW)));
         }
@@ -323,7 +344,7 @@ VINLINE void values_i8_tile(const int rows, float *o, int64_t ldo, int16_t p[][K
 }
 
 /* How many columns were done, for all keys. */
-VINLINE int64_t values_i8(const int rows, float *o, int64_t ldo, const float *p, int64_t ldp, const int8_t *v, int64_t stride,
+VINLINE int64_t values_i8(const int rows, float *o, int64_t ldo, const float *p, int64_t ldp, const int listed, const row_source *v,
                           int64_t keys, int64_t dv)
 {
     int16_t whole[4][KEYS_I8];
@@ -338,54 +359,62 @@ VINLINE int64_t values_i8(const int rows, float *o, int64_t ldo, const float *p,
             return 0;
         }
     }
-    int64_t block = block_rows(ATTN_I8, dv), ahead = distance(ATTN_I8, stride, dv);
+    int64_t block = block_rows(ATTN_I8, dv);
     for (int64_t j = 0; j < keys; j += block) {
         int64_t end = j + block < keys ? j + block : keys;
         for (int64_t c = 0; c < columns; c += 64) {
-            values_i8_tile(rows, o + c, ldo, whole, unit, v + c, stride, j, end, ahead);
+            values_i8_tile(rows, o, ldo, whole, unit, listed, v, j, end, c);
         }
     }
     return columns;
 }
 #endif
 
-VINLINE void scores_either(const int rows, float *s, int64_t lds, const float *q, int64_t ldq, const void *k,
-                           const attn_dtype dtype, int64_t stride, int64_t keys, int64_t d)
+VINLINE void scores_either(const int rows, float *s, int64_t lds, const float *q, int64_t ldq, const int listed, const row_source *k,
+                           const attn_dtype dtype, int64_t keys, int64_t d)
 {
 #if WHOLE_NUMBERS
-    if (dtype == ATTN_I8 && scores_i8(rows, s, lds, q, ldq, k, stride, keys, d)) {
+    if (dtype == ATTN_I8 && scores_i8(rows, s, lds, q, ldq, listed, k, keys, d)) {
         return;
     }
 #endif
-    scores_rows(rows, 0, s, lds, q, ldq * 4, NULL, k, dtype, stride, keys, d);
+    scores_rows(rows, 0, s, lds, q, ldq * 4, NULL, listed, k, dtype, keys, d);
 }
 
-VINLINE void scores_any(float *s, int64_t lds, const float *q, int64_t ldq, int64_t rows, const void *k,
-                        const attn_dtype dtype, int64_t stride, int64_t keys, int64_t d)
+VINLINE void scores_any(float *s, int64_t lds, const float *q, int64_t ldq, int64_t rows, const int listed, const row_source from,
+                        const attn_dtype dtype, int64_t keys, int64_t d)
 {
+    const row_source *k = &from;
     for (; rows >= 4; rows -= 4, s += 4 * lds, q += 4 * ldq) {
-        scores_either(4, s, lds, q, ldq, k, dtype, stride, keys, d);
+        scores_either(4, s, lds, q, ldq, listed, k, dtype, keys, d);
     }
     switch (rows) {
-    case 3: scores_either(3, s, lds, q, ldq, k, dtype, stride, keys, d); break;
-    case 2: scores_either(2, s, lds, q, ldq, k, dtype, stride, keys, d); break;
-    case 1: scores_either(1, s, lds, q, ldq, k, dtype, stride, keys, d); break;
+    case 3: scores_either(3, s, lds, q, ldq, listed, k, dtype, keys, d); break;
+    case 2: scores_either(2, s, lds, q, ldq, listed, k, dtype, keys, d); break;
+    case 1: scores_either(1, s, lds, q, ldq, listed, k, dtype, keys, d); break;
     default: break;
     }
 }
 
-static void scores(float *s, int64_t lds, const float *q, int64_t ldq, int64_t rows, const void *k,
-                   attn_dtype dtype_, int64_t stride, int64_t keys, int64_t d)
+static void scores(float *s, int64_t lds, const float *q, int64_t ldq, int64_t rows, const void *k, attn_dtype dtype_, int64_t stride,
+                   int64_t keys, int64_t d)
 {
-    BY_DTYPE(scores_any(s, lds, q, ldq, rows, k, dtype, stride, keys, d))
+    BY_DTYPE(scores_any(s, lds, q, ldq, rows, 0, source_of(k, dtype, stride, d, 0, NULL, 0), dtype, keys, d))
+}
+
+static void scores_listed(float *s, int64_t lds, const float *q, int64_t ldq, int64_t rows, const void *k, attn_dtype dtype_, int64_t stride,
+                          const int32_t *list, int64_t keys, int64_t entries, int64_t d)
+{
+    BY_DTYPE(scores_any(s, lds, q, ldq, rows, 1, source_of(k, dtype, stride, d, 1, list, entries), dtype, keys, d))
 }
 
 /* ---- Values ---- */
 
 /* `vectors` vectors of columns from column c on, for `rows` rows, over keys begin ... end - 1. */
-VINLINE void values_tile(const int rows, const int vectors, float *o, int64_t ldo, const float *p, int64_t ldp,
-                         const void *v, const attn_dtype dtype, int64_t stride, int64_t begin, int64_t end, int64_t ahead, int64_t c)
+VINLINE void values_tile(const int rows, const int vectors, float *o, int64_t ldo, const float *p, int64_t ldp, const int listed,
+                         const row_source *v, const attn_dtype dtype, int64_t begin, int64_t end, int64_t c)
 {
+    const int64_t size = size_of(dtype);
     vf acc[4][4];
 #pragma GCC unroll 4
     for (int r = 0; r < rows; r++) {
@@ -395,22 +424,24 @@ VINLINE void values_tile(const int rows, const int vectors, float *o, int64_t ld
         }
     }
     for (int64_t j = begin; j < end; j++) {
-        const int64_t at = j * stride + c;
+        const char *row = row_at(listed, v, j) + c * size, *ahead = row_ahead(listed, v, j);
         vf x[4];
 #pragma GCC unroll 4
         for (int i = 0; i < vectors; i++) {
-            x[i] = load_as(v, dtype, at + i * VW);
+            x[i] = load_as(row, dtype, i * VW);
         }
 #pragma GCC unroll 4
         for (int r = 0; r < rows; r++) {
             vf w = v_set1(p[r * ldp + j]);
 #pragma GCC unroll 4
             for (int i = r; i < vectors; i += rows) {
-                fetch(v, dtype, at + i * VW, i * VW, ahead);
+                if ((c + i * VW) * size % 64 == 0) {
+                    fetch(ahead, (c + i * VW) * size);
+                }
             }
 #pragma GCC unroll 4
             for (int i = 0; i < vectors; i++) {
-                acc[r][i] = v_fma(w, dtype == ATTN_F32 ? load_as(v, dtype, at + i * VW) : x[i], acc[r][i]);
+                acc[r][i] = v_fma(w, dtype == ATTN_F32 ? load_as(row, dtype, i * VW) : x[i], acc[r][i]);
             }
             KEEP_ORDER;
         }
@@ -424,13 +455,13 @@ VINLINE void values_tile(const int rows, const int vectors, float *o, int64_t ld
     }
 }
 
-VINLINE void values_rows(const int rows, float *o, int64_t ldo, const float *p, int64_t ldp, const void *v,
-                         const attn_dtype dtype, int64_t stride, int64_t keys, int64_t dv)
+VINLINE void values_rows(const int rows, float *o, int64_t ldo, const float *p, int64_t ldp, const int listed, const row_source *v,
+                         const attn_dtype dtype, int64_t keys, int64_t dv)
 {
-    int64_t done = 0, block = block_rows(dtype, dv), ahead = distance(dtype, stride, dv), c = 0;
+    int64_t done = 0, block = block_rows(dtype, dv), c = 0;
 #if WHOLE_NUMBERS
     if (dtype == ATTN_I8) {
-        done = values_i8(rows, o, ldo, p, ldp, v, stride, keys, dv);
+        done = values_i8(rows, o, ldo, p, ldp, listed, v, keys, dv);
     }
 #endif
     for (int64_t j = 0; j < keys; j += block) {
@@ -438,56 +469,63 @@ VINLINE void values_rows(const int rows, float *o, int64_t ldo, const float *p, 
         c = done;
 #if V_REGISTERS == 32
         for (; c + 4 * VW <= dv; c += 4 * VW) {
-            values_tile(rows, 4, o, ldo, p, ldp, v, dtype, stride, j, end, ahead, c);
+            values_tile(rows, 4, o, ldo, p, ldp, listed, v, dtype, j, end, c);
         }
 #endif
         for (; c + 2 * VW <= dv; c += 2 * VW) {
-            values_tile(rows, 2, o, ldo, p, ldp, v, dtype, stride, j, end, ahead, c);
+            values_tile(rows, 2, o, ldo, p, ldp, listed, v, dtype, j, end, c);
         }
         for (; c + VW <= dv; c += VW) {
-            values_tile(rows, 1, o, ldo, p, ldp, v, dtype, stride, j, end, ahead, c);
+            values_tile(rows, 1, o, ldo, p, ldp, listed, v, dtype, j, end, c);
         }
     }
     for (; c < dv; c++) {
         for (int r = 0; r < rows; r++) {
             float sum = o[r * ldo + c];
             for (int64_t j = 0; j < keys; j++) {
-                sum += p[r * ldp + j] * load_one(v, dtype, j * stride + c);
+                sum += p[r * ldp + j] * load_one(row_at(listed, v, j), dtype, c);
             }
             o[r * ldo + c] = sum;
         }
     }
 }
 
-VINLINE void values_any(float *o, int64_t ldo, const float *p, int64_t ldp, int64_t rows, const void *v,
-                        const attn_dtype dtype, int64_t stride, int64_t keys, int64_t dv)
+VINLINE void values_any(float *o, int64_t ldo, const float *p, int64_t ldp, int64_t rows, const int listed, const row_source from,
+                        const attn_dtype dtype, int64_t keys, int64_t dv)
 {
+    const row_source *v = &from;
     for (; rows >= 4; rows -= 4, o += 4 * ldo, p += 4 * ldp) {
-        values_rows(4, o, ldo, p, ldp, v, dtype, stride, keys, dv);
+        values_rows(4, o, ldo, p, ldp, listed, v, dtype, keys, dv);
     }
     switch (rows) {
-    case 3: values_rows(3, o, ldo, p, ldp, v, dtype, stride, keys, dv); break;
-    case 2: values_rows(2, o, ldo, p, ldp, v, dtype, stride, keys, dv); break;
-    case 1: values_rows(1, o, ldo, p, ldp, v, dtype, stride, keys, dv); break;
+    case 3: values_rows(3, o, ldo, p, ldp, listed, v, dtype, keys, dv); break;
+    case 2: values_rows(2, o, ldo, p, ldp, listed, v, dtype, keys, dv); break;
+    case 1: values_rows(1, o, ldo, p, ldp, listed, v, dtype, keys, dv); break;
     default: break;
     }
 }
 
-static void values(float *o, int64_t ldo, const float *p, int64_t ldp, int64_t rows, const void *v,
-                   attn_dtype dtype_, int64_t stride, int64_t keys, int64_t dv)
+static void values(float *o, int64_t ldo, const float *p, int64_t ldp, int64_t rows, const void *v, attn_dtype dtype_, int64_t stride,
+                   int64_t keys, int64_t dv)
 {
-    BY_DTYPE(values_any(o, ldo, p, ldp, rows, v, dtype, stride, keys, dv))
+    BY_DTYPE(values_any(o, ldo, p, ldp, rows, 0, source_of(v, dtype, stride, dv, 0, NULL, 0), dtype, keys, dv))
 }
 
-static void scale_keys(float *s, int64_t lds, int64_t rows, const float *by, int64_t stride, int64_t keys)
+static void values_listed(float *o, int64_t ldo, const float *p, int64_t ldp, int64_t rows, const void *v, attn_dtype dtype_, int64_t stride,
+                          const int32_t *list, int64_t keys, int64_t entries, int64_t dv)
+{
+    BY_DTYPE(values_any(o, ldo, p, ldp, rows, 1, source_of(v, dtype, stride, dv, 1, list, entries), dtype, keys, dv))
+}
+
+static void scale_keys(float *s, int64_t lds, int64_t rows, const float *by, int64_t stride, const int32_t *list, int64_t keys)
 {
     for (int64_t j = 0; j < keys; j += VW) {
         int lanes = keys - j < VW ? (int)(keys - j) : VW;
         float apart[VW];
-        for (int i = 0; stride != 1 && i < lanes; i++) {
-            apart[i] = by[(j + i) * stride];
+        for (int i = 0; (stride != 1 || list != NULL) && i < lanes; i++) {
+            apart[i] = by[(list != NULL ? list[j + i] : j + i) * stride];
         }
-        vf factors = v_load_n(stride == 1 ? by + j : apart, lanes);
+        vf factors = v_load_n(stride == 1 && list == NULL ? by + j : apart, lanes);
         for (int64_t r = 0; r < rows; r++) {
             float *at = s + r * lds + j;
             v_store_n(at, v_mul(v_load_n(at, lanes), factors), lanes);
@@ -496,4 +534,5 @@ static void scale_keys(float *s, int64_t lds, int64_t rows, const float *by, int
 }
 
 extern const attn_decode_kernels ATTN_K(attn_decode_kernels_table);
-const attn_decode_kernels ATTN_K(attn_decode_kernels_table) = {.scores = scores, .values = values, .scale_keys = scale_keys};
+const attn_decode_kernels ATTN_K(attn_decode_kernels_table) = {
+    .scores = scores, .values = values, .scores_listed = scores_listed, .values_listed = values_listed, .scale_keys = scale_keys};

@@ -16,8 +16,13 @@ typedef struct attn_decode_kernels {
     /* o[r*ldo + c] += sum_j p[r*ldp + j] v[j][c] */
     void (*values)(float *o, int64_t ldo, const float *p, int64_t ldp, int64_t rows, const void *v, attn_dtype dtype, int64_t stride,
                    int64_t keys, int64_t dv);
-    /* s[r*lds + j] *= by[j * stride]: scores and weights of int8 rows by the scales of these */
-    void (*scale_keys)(float *s, int64_t lds, int64_t rows, const float *by, int64_t stride, int64_t keys);
+    /* The same with key j at row list[j]; the list has `entries` >= keys entries, so that rows are asked for beyond the keys. */
+    void (*scores_listed)(float *s, int64_t lds, const float *q, int64_t ldq, int64_t rows, const void *k, attn_dtype dtype, int64_t stride,
+                          const int32_t *list, int64_t keys, int64_t entries, int64_t d);
+    void (*values_listed)(float *o, int64_t ldo, const float *p, int64_t ldp, int64_t rows, const void *v, attn_dtype dtype, int64_t stride,
+                          const int32_t *list, int64_t keys, int64_t entries, int64_t dv);
+    /* s[r*lds + j] *= by[j * stride]: scores and weights of int8 rows by the scales of these; of row list[j] unless NULL */
+    void (*scale_keys)(float *s, int64_t lds, int64_t rows, const float *by, int64_t stride, const int32_t *list, int64_t keys);
 } attn_decode_kernels;
 
 /* For this machine, or what ATTN_ISA asks for. */
