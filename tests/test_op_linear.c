@@ -237,6 +237,37 @@ static void based_layers(void **unused)
     opcheck_run(&layer, 1e-2);
 }
 
+/* A long sequence in one call, whose tokens pass in spans, against two calls with the state between them. */
+static void based_conv_in_spans(void **unused)
+{
+    (void)unused;
+    enum { N = 2300, FIRST = 700, C = 3, I = 6, KEPT = 2 };
+    opcheck_case c = {.spec = "based.conv", .seed = 21};
+    const float *x = opcheck_input(&c, "x", SHAPE(1, N, C));
+    opcheck_input(&c, "in_w", SHAPE(2 * I, C));
+    opcheck_input(&c, "conv_w", SHAPE(I, KEPT + 1));
+    opcheck_input(&c, "out_w", SHAPE(C, I));
+    static float whole[N * C], parts[N * C], states[3][I * KEPT];
+    attn_op *op;
+    assert_int_equal(attn_op_create(&op, c.spec), ATTN_OK);
+    for (int call = 0; call < 3; call++) {
+        int first = call == 2 ? FIRST : 0, count = call == 0 ? N : call == 1 ? FIRST : N - FIRST;
+        attn_named_tensor in[5] = {{"x", attn_tensor_make((float *)(uintptr_t)x + first * C, ATTN_F32, SHAPE(1, count, C))}, c.in[1], c.in[2], c.in[3],
+                                   {"state", attn_tensor_make(states[1], ATTN_F32, SHAPE(1, I, KEPT))}};
+        attn_named_tensor out[] = {{"o", attn_tensor_make((call == 0 ? whole : parts) + first * C, ATTN_F32, SHAPE(1, count, C))},
+                                   {"state", attn_tensor_make(states[call], ATTN_F32, SHAPE(1, I, KEPT))}};
+        assert_int_equal(attn_op_forward(op, in, call == 2 ? 5 : 4, out, 2, NULL), ATTN_OK);
+    }
+    attn_op_destroy(op);
+    for (int i = 0; i < N * C + I * KEPT; i++) {
+        float got = i < N * C ? whole[i] : states[0][i - N * C], want = i < N * C ? parts[i] : states[2][i - N * C];
+        if (!(fabsf(got - want) <= 1e-5f * (1 + fabsf(want)))) {
+            fail_msg("number %d of o and the state: %g in one call, %g in two", i, (double)got, (double)want);
+        }
+    }
+    opcheck_run(&c, 0);
+}
+
 static void based_errors(void **unused)
 {
     (void)unused;
@@ -330,7 +361,7 @@ int main(void)
 {
     const struct CMUnitTest tests[] = {cmocka_unit_test(lightning), cmocka_unit_test(tnl), cmocka_unit_test(tnl_long), cmocka_unit_test(tnl_errors),
                                        cmocka_unit_test(flow), cmocka_unit_test(flow_conservation), cmocka_unit_test(flow_errors),
-                                       cmocka_unit_test(based), cmocka_unit_test(based_layers), cmocka_unit_test(based_errors),
+                                       cmocka_unit_test(based), cmocka_unit_test(based_layers), cmocka_unit_test(based_conv_in_spans), cmocka_unit_test(based_errors),
                                        cmocka_unit_test(based_without_channels), cmocka_unit_test(based_window_runs), cmocka_unit_test(no_heads)};
     return cmocka_run_group_tests(tests, NULL, NULL);
 }

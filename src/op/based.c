@@ -364,7 +364,7 @@ typedef struct conv {
     int64_t batch, n, rows, c, inner, kept; /* kept: K - 1 */
     attn_conv1d filter;
     float *u1, *u2, *y, *mixed; /* [rows, I] each; mixed = silu(y) * u2 */
-    float *state;               /* [B, kept, I], or NULL */
+    float *state;               /* [B, kept, I]: the filter inputs before x */
 } conv;
 
 /* [B, I, kept] to [B, kept, I], or back. */
@@ -380,29 +380,33 @@ static void turn_state(const conv *c, const float *from, float *to, int back)
     }
 }
 
-static attn_status conv_inner(attn_call *call, conv *c)
+static attn_status conv_begin(attn_call *call, conv *c)
 {
-    float *u;
     *c = (conv){.batch = attn_dim(call, "B"), .n = attn_dim(call, "N"), .c = attn_dim(call, "C"), .inner = attn_dim(call, "I"),
                 .kept = attn_dim(call, "K") - 1};
     c->rows = c->batch * c->n;
-    ATTN_TRY(attn_take_f32(call, c->rows * 2 * c->inner, &u));
-    ATTN_TRY(attn_take_f32(call, c->rows * c->inner, &c->u1));
-    ATTN_TRY(attn_take_f32(call, c->rows * c->inner, &c->u2));
-    ATTN_TRY(attn_take_f32(call, c->rows * c->inner, &c->y));
-    ATTN_TRY(attn_take_f32(call, c->rows * c->inner, &c->mixed));
+    int64_t count = c->batch * c->kept * c->inner;
+    ATTN_TRY(attn_take_f32(call, count + 1, &c->state));
+    memset(c->state, 0, (size_t)count * sizeof *c->state);
     if (call->t[C_STATE] != NULL) {
-        ATTN_TRY(attn_take_f32(call, c->batch * c->kept * c->inner + 1, &c->state));
         turn_state(c, attn_f32(call->t[C_STATE]), c->state, 0);
     }
     c->filter = (attn_conv1d){.sequences = c->batch, .length = c->n, .channels = c->inner, .taps = c->kept + 1, .sets = 1,
                               .w = attn_f32(call->t[C_CONV_W]), .bias = attn_f32(call->t[C_CONV_B]), .state = c->state};
-    ATTN_TRY(attn_linear_forward(call->arena, call->threads, c->rows, c->c, 2 * c->inner, attn_f32(call->t[C_X]), attn_f32(call->t[C_IN_W]),
-                                 attn_f32(call->t[C_IN_B]), u));
-    for (int64_t r = 0; r < c->rows; r++) {
-        memcpy(c->u1 + r * c->inner, u + r * 2 * c->inner, (size_t)c->inner * sizeof *u);
-        memcpy(c->u2 + r * c->inner, u + (r * 2 + 1) * c->inner, (size_t)c->inner * sizeof *u);
-    }
+    return ATTN_OK;
+}
+
+/* What the output projection reads, for tokens x [batch, n, c]. */
+static attn_status conv_inner(attn_call *call, conv *c, const float *x)
+{
+    const float *w = attn_f32(call->t[C_IN_W]), *bias = attn_f32(call->t[C_IN_B]);
+    ATTN_TRY(attn_take_f32(call, c->rows * c->inner, &c->u1));
+    ATTN_TRY(attn_take_f32(call, c->rows * c->inner, &c->u2));
+    ATTN_TRY(attn_take_f32(call, c->rows * c->inner, &c->y));
+    ATTN_TRY(attn_take_f32(call, c->rows * c->inner, &c->mixed));
+    ATTN_TRY(attn_linear_forward(call->arena, call->threads, c->rows, c->c, c->inner, x, w, bias, c->u1));
+    ATTN_TRY(attn_linear_forward(call->arena, call->threads, c->rows, c->c, c->inner, x, w + c->inner * c->c,
+                                 bias != NULL ? bias + c->inner : NULL, c->u2));
     attn_conv1d_forward(&c->filter, call->threads, c->u1, c->y);
     attn_activation_forward(ATTN_ACTIVATION_SILU, call->threads, c->rows * c->inner, c->y, c->mixed);
 #pragma omp parallel for schedule(static) num_threads(call->threads) if (call->threads > 1)
@@ -412,38 +416,53 @@ static attn_status conv_inner(attn_call *call, conv *c)
     return ATTN_OK;
 }
 
-/* The last K-1 filter inputs, of x or of the state before it. */
-static void save_state(const conv *c, float *out)
+/* The last K-1 filter inputs take the place of those before them. */
+static void pass_state(const conv *c)
 {
+    size_t bytes = (size_t)c->inner * sizeof *c->state;
     for (int64_t b = 0; b < c->batch; b++) {
-        for (int64_t i = 0; i < c->inner; i++) {
-            for (int64_t t = 0; t < c->kept; t++) {
-                int64_t at = c->n - c->kept + t; /* negative: in the old state */
-                float *to = out + (b * c->inner + i) * c->kept + t;
-                if (at >= 0) {
-                    *to = c->u1[(b * c->n + at) * c->inner + i];
-                } else {
-                    *to = c->state != NULL ? c->state[(b * c->kept + c->kept + at) * c->inner + i] : 0;
-                }
-            }
+        float *state = c->state + b * c->kept * c->inner;
+        for (int64_t t = 0; t < c->kept; t++) {
+            int64_t at = c->n - c->kept + t; /* negative: in the old state */
+            memmove(state + t * c->inner, at >= 0 ? c->u1 + (b * c->n + at) * c->inner : state + (c->kept + at) * c->inner, bytes);
         }
     }
 }
 
+/* Spans of tokens, or of whole short sequences, one after another, so that what is between the projections stays small. */
+#define SPAN 1024
+
 static attn_status conv_forward(attn_call *call)
 {
     conv c;
-    ATTN_TRY(conv_inner(call, &c));
-    save_state(&c, attn_f32(call->t[C_STATE_OUT]));
-    return attn_linear_forward(call->arena, call->threads, c.rows, c.inner, c.c, c.mixed, attn_f32(call->t[C_OUT_W]),
-                               attn_f32(call->t[C_OUT_B]), attn_f32(call->t[C_O]));
+    ATTN_TRY(conv_begin(call, &c));
+    int64_t together = attn_max_i64(1, SPAN / attn_max_i64(1, c.n));
+    for (int64_t b = 0; b < c.batch; b += together) {
+        for (int64_t first = 0; first < c.n; first += SPAN) {
+            conv part = c;
+            int64_t row = b * c.n + first;
+            part.filter.sequences = part.batch = attn_min_i64(together, c.batch - b);
+            part.filter.length = part.n = attn_min_i64(SPAN, c.n - first);
+            part.filter.state = part.state = c.state + b * c.kept * c.inner;
+            part.rows = part.batch * part.n;
+            attn_arena_mark mark = attn_arena_get_mark(call->arena);
+            ATTN_TRY(conv_inner(call, &part, attn_f32(call->t[C_X]) + row * c.c));
+            pass_state(&part);
+            ATTN_TRY(attn_linear_forward(call->arena, call->threads, part.rows, c.inner, c.c, part.mixed, attn_f32(call->t[C_OUT_W]),
+                                         attn_f32(call->t[C_OUT_B]), attn_f32(call->t[C_O]) + row * c.c));
+            attn_arena_release(call->arena, mark);
+        }
+    }
+    turn_state(&c, c.state, attn_f32(call->t[C_STATE_OUT]), 1);
+    return ATTN_OK;
 }
 
 static attn_status conv_backward(attn_call *call)
 {
     conv c;
     float *gm, *gy, *gu, *gu1, *gstate = NULL;
-    ATTN_TRY(conv_inner(call, &c));
+    ATTN_TRY(conv_begin(call, &c));
+    ATTN_TRY(conv_inner(call, &c, attn_f32(call->t[C_X])));
     int64_t count = c.rows * c.inner;
     ATTN_TRY(attn_take_f32(call, count, &gm));
     ATTN_TRY(attn_take_f32(call, count, &gy));
