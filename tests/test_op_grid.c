@@ -1,6 +1,7 @@
 /* Mechanisms on images: gradients against differences, threads, errors. */
 #include "opcheck.h"
 
+#include <math.h>
 #include <setjmp.h>
 #include <stdarg.h>
 #include <stddef.h>
@@ -243,6 +244,38 @@ static void davit(void **unused)
     opcheck_run(&channel, 1e-2);
 }
 
+/* Two images, which pass in bands, against calls on parts of each that end with a row of windows. */
+static void davit_layer_in_bands(void **unused)
+{
+    (void)unused;
+    enum { HIGH = 45, WIDE = 60, PART = 21, C = 4, IMAGE = HIGH * WIDE * C };
+    static float whole[2 * IMAGE], parts[2 * IMAGE];
+    opcheck_case c = {.spec = "davit.window_layer:heads=2,grid=[45,60]", .seed = 31};
+    float *x = opcheck_input(&c, "x", SHAPE(2, HIGH * WIDE, C));
+    opcheck_input(&c, "w_qkv", SHAPE(3 * C, C));
+    opcheck_input(&c, "w_proj", SHAPE(C, C));
+    opcheck_input(&c, "b_proj", SHAPE(C));
+    opcheck_input(&c, "b_qkv", SHAPE(3 * C));
+    for (int call = 0; call < 7; call++) {
+        int first = (call - 1) % 3 * PART, high = call == 0 || HIGH - first < PART ? HIGH - (call == 0 ? 0 : first) : PART;
+        int at = call == 0 ? 0 : (call - 1) / 3 * IMAGE + first * WIDE * C;
+        char spec[64];
+        attn_op *op;
+        snprintf(spec, sizeof spec, "davit.window_layer:heads=2,grid=[%d,60]", high);
+        attn_named_tensor in[] = {{"x", attn_tensor_make(x + at, ATTN_F32, SHAPE(call == 0 ? 2 : 1, high * WIDE, C))}, c.in[1], c.in[2], c.in[3], c.in[4]};
+        attn_named_tensor out = {"o", attn_tensor_make((call == 0 ? whole : parts) + at, ATTN_F32, in[0].tensor.ndim, in[0].tensor.shape)};
+        assert_int_equal(attn_op_create(&op, spec), ATTN_OK);
+        assert_int_equal(attn_op_forward(op, in, 5, &out, 1, NULL), ATTN_OK);
+        attn_op_destroy(op);
+    }
+    for (int i = 0; i < 2 * IMAGE; i++) {
+        if (!(fabsf(whole[i] - parts[i]) <= 1e-5f * (1 + fabsf(parts[i])))) {
+            fail_msg("pixel %d: %g at once, %g in parts", i / C, (double)whole[i], (double)parts[i]);
+        }
+    }
+    opcheck_run(&c, 0);
+}
+
 static void davit_weights(opcheck_case *c, const char *prefix)
 {
     static char names[2][16][16];
@@ -426,7 +459,8 @@ int main(void)
     const struct CMUnitTest tests[] = {cmocka_unit_test(halo), cmocka_unit_test(halo_big_window), cmocka_unit_test(halo_layer),
                                        cmocka_unit_test(halo_errors),     cmocka_unit_test(agent),
                                        cmocka_unit_test(agent_layer),     cmocka_unit_test(agent_errors),
-                                       cmocka_unit_test(davit),           cmocka_unit_test(davit_block),     cmocka_unit_test(davit_errors),
+                                       cmocka_unit_test(davit),           cmocka_unit_test(davit_layer_in_bands),
+                                       cmocka_unit_test(davit_block),     cmocka_unit_test(davit_errors),
                                        cmocka_unit_test(neighborhood),    cmocka_unit_test(neighborhood_simulation),
                                        cmocka_unit_test(neighborhood_errors)};
     return cmocka_run_group_tests(tests, NULL, NULL);

@@ -88,11 +88,35 @@ static attn_status mix(attn_call *call, const mixer *m, const float *x, mixer_wo
     return attn_davit_channel_forward(&channel, call->arena, call->threads, w->attn);
 }
 
+/* About SPAN tokens of an image at a time, in whole rows of windows, or whole small images: what is between the projections stays small.
+ * (A band holds all of an image that is not alone.) Channel attention sees all pixels of an image. */
+#define SPAN 1024
+
 static attn_status mixer_forward(attn_call *call, const mixer *m, const float *x, float *o)
 {
-    mixer_work w;
-    ATTN_TRY(mix(call, m, x, &w));
-    return attn_linear_forward(call->arena, call->threads, m->rows, m->c, m->c, w.o, m->w_proj, m->b_proj, o);
+    int64_t across = m->n, high = 1, band = 1, together = m->batch;
+    if (m->kind == SPATIAL) {
+        high = m->grid->items[0], across = m->grid->items[1];
+        together = attn_max_i64(1, SPAN / m->n);
+        band = m->window->items[0] * attn_max_i64(1, SPAN / (m->window->items[0] * across));
+    }
+    for (int64_t b = 0; b < m->batch; b += together) {
+        for (int64_t y = 0; y < high; y += band) {
+            int64_t row = b * m->n + y * across, part[2] = {attn_min_i64(band, high - y), across};
+            attn_ints grid = {2, part};
+            mixer some = *m;
+            mixer_work w;
+            some.grid = &grid;
+            some.batch = attn_min_i64(together, m->batch - b);
+            some.n = part[0] * part[1];
+            some.rows = some.batch * some.n;
+            attn_arena_mark mark = attn_arena_get_mark(call->arena);
+            ATTN_TRY(mix(call, &some, x + row * m->c, &w));
+            ATTN_TRY(attn_linear_forward(call->arena, call->threads, some.rows, m->c, m->c, w.o, m->w_proj, m->b_proj, o + row * m->c));
+            attn_arena_release(call->arena, mark);
+        }
+    }
+    return ATTN_OK;
 }
 
 /* grad_x is overwritten; it may be NULL. */
