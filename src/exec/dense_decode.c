@@ -1,5 +1,6 @@
 /* Exact attention for few query rows over many keys: memory-bound, so keys and values are read once, as they lie, by all query heads
- * of their group. The keys are split in fixed parts (whatever the number of threads) that are merged by their log-sum-exp. */
+ * of their group. The keys are split in parts (whatever the number of threads and the batch) that are merged by their log-sum-exp. */
+#include "core/barrier.h"
 #include "exec/dense.h"
 
 #include <math.h>
@@ -7,8 +8,8 @@
 #include <string.h>
 
 #define MOST_ROWS 16
-#define PART 1024 /* keys of a part */
-#define STEP 256  /* keys of a step of the online softmax; a multiple of all vector widths */
+#define MOST_PART 1024 /* keys of a part */
+#define STEP 256       /* keys of a step of the online softmax; a multiple of all vector widths */
 
 int attn_dense_is_decode(const dense_problem *p)
 {
@@ -83,6 +84,13 @@ static void attend_step(const dense_problem *p, const float *q, float *s, part_s
                            p->dv);
 }
 
+/* Keys of a part: a few parts at least, so that threads finish together although a model has one or three key/value heads. */
+static int64_t part_of(const dense_problem *p)
+{
+    int64_t keys = attn_ceil_div(attn_ceil_div(p->m * attn_min_i64(p->kv_heads, 8), 8), 64) * 64;
+    return attn_min_i64(attn_max_i64(keys, 64), MOST_PART);
+}
+
 /* Merge the parts of one row in order, the sink first. */
 static void merge_row(const dense_problem *p, const part_state *parts, int64_t count, int64_t row, int64_t h, float *o, double *lse)
 {
@@ -122,34 +130,33 @@ static int64_t merge_top(const part_state *parts, int64_t count, int64_t row)
 
 attn_status attn_dense_decode(const dense_problem *p, const attn_tensor *o, const attn_tensor *lse, attn_arena *arena, int threads)
 {
-    int64_t pairs = p->batch * p->kv_heads, rows = p->group * p->n, parts = attn_ceil_div(p->m, PART);
+    int64_t pairs = p->batch * p->kv_heads, rows = p->group * p->n, part = part_of(p), parts = attn_ceil_div(p->m, part);
     part_state *states = attn_arena_array(arena, (size_t)(pairs * parts), sizeof *states);
     float *memory = attn_arena_array(arena, (size_t)(pairs * parts), (size_t)(rows * (p->dv_pad + 2)) * sizeof(float));
-    float *q = attn_arena_array(arena, (size_t)(pairs * rows), (size_t)p->d * sizeof(float));
-    float *scores = attn_arena_array(arena, (size_t)threads, MOST_ROWS * STEP * sizeof(float));
-    float *results = attn_arena_array(arena, (size_t)threads, (size_t)p->dv_pad * sizeof(float));
+    /* Of each thread: queries, scores, results. */
+    int64_t own_floats = attn_ceil_div(rows * (p->d + STEP) + p->dv_pad, 16) * 16;
+    float *own = attn_arena_array(arena, (size_t)threads, (size_t)own_floats * sizeof(float));
     int64_t *tops = p->top != NULL ? attn_arena_array(arena, (size_t)(pairs * parts * rows), sizeof *tops) : NULL;
-    if ((p->top != NULL && tops == NULL) || states == NULL || memory == NULL || q == NULL || scores == NULL || results == NULL) {
+    if ((p->top != NULL && tops == NULL) || states == NULL || memory == NULL || own == NULL) {
         return attn_fail_memory((size_t)(pairs * parts * rows * p->dv_pad) * sizeof(float));
     }
     float factor = (float)(p->base2 ? p->scale * ATTN_LOG2E : p->scale);
+    attn_barrier barrier;
+    attn_barrier_init(&barrier, threads);
     /* Keys that no query sees are not read: the queries' ranges begin and end in order. */
 #pragma omp parallel num_threads(threads)
     {
-        float *s = scores + (int64_t)omp_get_thread_num() * MOST_ROWS * STEP;
-        float *result = results + (int64_t)omp_get_thread_num() * p->dv_pad;
-#pragma omp for schedule(static)
-        for (int64_t i = 0; i < pairs * rows; i++) {
-            int64_t pair = i / rows, r = i % rows;
-            attn_dense_load_row(p, q + i * p->d, &p->in->q, pair / p->kv_heads, pair % p->kv_heads * p->group + r / p->n,
-                                r % p->n, p->d, factor);
-        }
-#pragma omp for schedule(static)
-        for (int64_t i = 0; i < pairs * parts; i++) {
+        int64_t thread = omp_get_thread_num(), team = omp_get_num_threads(), loaded = -1;
+        float *s = own + thread * own_floats, *q = s + rows * STEP, *result = q + rows * p->d;
+        for (int64_t i = pairs * parts * thread / team; i < pairs * parts * (thread + 1) / team; i++) {
             int64_t pair = i / parts, b = pair / p->kv_heads, kv = pair % p->kv_heads, low, high, unused;
             part_state *state = &states[i];
-            float *own = memory + i * rows * (p->dv_pad + 2);
-            *state = (part_state){own, own + rows * p->dv_pad, own + rows * (p->dv_pad + 1), tops != NULL ? tops + i * rows : NULL};
+            float *to = memory + i * rows * (p->dv_pad + 2);
+            for (int64_t r = 0; r < rows && pair != loaded; r++) {
+                attn_dense_load_row(p, q + r * p->d, &p->in->q, b, kv * p->group + r / p->n, r % p->n, p->d, factor);
+            }
+            loaded = pair;
+            *state = (part_state){to, to + rows * p->dv_pad, to + rows * (p->dv_pad + 1), tops != NULL ? tops + i * rows : NULL};
             memset(state->o, 0, (size_t)(rows * p->dv_pad) * sizeof(float));
             for (int64_t r = 0; r < rows; r++) {
                 state->m[r] = -INFINITY;
@@ -157,14 +164,14 @@ attn_status attn_dense_decode(const dense_problem *p, const attn_tensor *o, cons
             }
             attn_dense_visible(p, b, 0, &low, &unused);
             attn_dense_visible(p, b, p->n - 1, &unused, &high);
-            low = attn_max_i64(low, i % parts * PART);
-            high = attn_min_i64(high, (i % parts + 1) * PART);
+            low = attn_max_i64(low, i % parts * part);
+            high = attn_min_i64(high, (i % parts + 1) * part);
             for (int64_t first = low; first < high; first += STEP) {
-                attend_step(p, q + pair * rows * p->d, s, state, b, kv, first, attn_min_i64(STEP, high - first));
+                attend_step(p, q, s, state, b, kv, first, attn_min_i64(STEP, high - first));
             }
         }
-#pragma omp for schedule(static)
-        for (int64_t i = 0; i < pairs * rows; i++) {
+        attn_barrier_wait(&barrier, (int)team);
+        for (int64_t i = pairs * rows * thread / team; i < pairs * rows * (thread + 1) / team; i++) {
             int64_t pair = i / rows, r = i % rows, b = pair / p->kv_heads, h = pair % p->kv_heads * p->group + r / p->n;
             double sum;
             merge_row(p, states + pair * parts, parts, r, h, result, &sum);
@@ -177,6 +184,7 @@ attn_status attn_dense_decode(const dense_problem *p, const attn_tensor *o, cons
                     merge_top(states + pair * parts, parts, r);
             }
         }
+        attn_barrier_wait(&barrier, (int)team);
     }
     return ATTN_OK;
 }

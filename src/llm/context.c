@@ -18,6 +18,7 @@
  */
 #include "llm/context.h"
 
+#include "core/barrier.h"
 #include "kernel/rows.h"
 
 #include <math.h>
@@ -62,6 +63,7 @@ struct attn_context {
     /* Of a chunk. */
     float *h, *k, *v, *gate, *up; /* rows of C, GD, GD, F, F */
     attn_quant_input in_width, in_heads, in_hidden, in_logits;
+    attn_barrier barrier; /* of the threads that run a layer's part */
     char *thread_scratch; /* [threads][thread_bytes] */
     size_t thread_bytes;
     int64_t *key_counts;
@@ -221,6 +223,7 @@ attn_status attn_context_create(attn_context **context, const attn_model *model,
     attn_status status = check_settings(model, &made->settings);
     if (status == ATTN_OK) {
         made->threads = made->settings.threads > 0 ? made->settings.threads : omp_get_max_threads();
+        attn_barrier_init(&made->barrier, made->threads);
         status = make_caches(made);
     }
     if (status == ATTN_OK) {
@@ -261,6 +264,8 @@ typedef struct worker {
     int thread, threads;
 } worker;
 
+static void meet(const worker *w) { attn_barrier_wait(&w->c->barrier, w->threads); }
+
 static int64_t first_row(const worker *w, int thread) { return w->n * thread / w->threads; }
 
 #define EACH_ROW(w, r) for (int64_t r = first_row(w, (w)->thread); r < first_row(w, (w)->thread + 1); r++)
@@ -270,7 +275,7 @@ static void *thread_memory(const worker *w) { return w->c->thread_scratch + (siz
 static void multiply(const worker *w, const attn_quant_input *in, const attn_quant_product *products, int count)
 {
     attn_quant_multiply(in, products, count, thread_memory(w), w->thread, w->threads);
-#pragma omp barrier
+    meet(w);
 }
 
 /* h = norm(x), quantised. */
@@ -281,7 +286,7 @@ static void norm_rows(const worker *w, const float *weight)
         kernels()->rms_norm(w->c->x + (w->begin + r) * width, weight, width, w->c->model->epsilon, w->c->h + r * width);
         attn_quant_input_row(&w->c->in_width, r);
     }
-#pragma omp barrier
+    meet(w);
 }
 
 /* x += update, through the bias and norm that may follow a block. */
@@ -394,7 +399,7 @@ static void after_attention(const worker *w)
         spread(c, c->mixed + (w->begin + r) * info->heads * info->head_width, info->heads);
         attn_quant_input_row(&c->in_heads, r);
     }
-#pragma omp barrier
+    meet(w);
     multiply(w, &c->in_heads, &out, 1);
     add_rows(w, c->h, l->out_bias, l->post_attention_norm);
     norm_rows(w, l->ffn_norm);
@@ -408,7 +413,7 @@ static void after_attention(const worker *w)
         }
         attn_quant_input_row(&c->in_hidden, r);
     }
-#pragma omp barrier
+    meet(w);
     multiply(w, &c->in_hidden, &down, 1);
     add_rows(w, c->h, NULL, l->post_ffn_norm);
 }
@@ -425,6 +430,7 @@ static void run_parts(attn_context *c, int64_t layer, int64_t begin, int64_t n, 
         {
             worker w = {c, &c->model->layers[layer], layer, begin, rows, omp_get_thread_num(), omp_get_num_threads()};
             part(&w);
+            meet(&w);
         }
     }
     c->stats.linear_seconds += seconds_now() - start;
