@@ -429,8 +429,21 @@ static void check_scan(void)
             same(what, got[j], want[j], counts[j], 1e-5);
         }
         float *before = draw(0, 1) ? floats(channels, 1) : NULL, *g = floats(size, 1);
-        k->average(n, channels, ld, x.v, g, before, o), s->average(n, channels, ld, x.v, g, before, o2);
+        k->average(n, channels, ld, x.v, g, before, ld, o), s->average(n, channels, ld, x.v, g, before, ld, o2);
         same("average", o, o2, size, 1e-5);
+        k->average(n, channels, ld, x.v, g, before, 0, o);
+        same("average's last row", o, o2 + (n - 1) * ld, channels, 1e-5);
+        k->average(n, channels, ld, x.v, g, before, ld, o);
+        attn_scan_gated y = {n, channels, ld, floats(n * channels, 1), floats(n * channels, 1), floats(n * channels, 1), g, 0.3f,
+                             floats(channels, 1), floats(channels, 1), floats(n * channels, 1), floats(size, 1), floats(n, 1)}, y2 = y;
+        y2.k_state = copy(y.k_state, channels), y2.v_state = copy(y.v_state, channels);
+        y2.turned = floats(n * channels, 1), y2.out = copy(y.out, size), y2.product = floats(n, 1);
+        k->gated(&y), s->gated(&y2);
+        same("gated keys", y.k_state, y2.k_state, channels, 1e-5);
+        same("gated values", y.v_state, y2.v_state, channels, 1e-5);
+        same("gated queries", y.turned, y2.turned, n * channels, 1e-5);
+        same("gated output", y.out, y2.out, size, 1e-5);
+        same("gated products", y.product, y2.product, n, 1e-4);
         float *a = floats(size, 1), *a2 = copy(a, size), *gx = floats(size, 1), *gx2 = copy(gx, size), *gg = floats(size, 1), *gg2 = copy(gg, size);
         int add = draw(0, 1) != 0;
         k->average_back(n, channels, x.v, g, before, o, a, gx, gg, add), s->average_back(n, channels, x.v, g, before, o, a2, gx2, gg2, add);

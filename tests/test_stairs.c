@@ -82,7 +82,7 @@ static void make(problem *p, const layout *l, uint64_t seed)
             p->heads[h].first = l->keys - rows;
         }
     }
-    p->stairs = (attn_stairs){l->keys, l->d, l->dv, l->kv, heads, 0.4, p->heads};
+    p->stairs = (attn_stairs){.keys = l->keys, .d = l->d, .dv = l->dv, .kv_count = l->kv, .head_count = heads, .scale = 0.4, .heads = p->heads};
 }
 
 static void destroy(problem *p)

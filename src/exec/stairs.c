@@ -104,17 +104,21 @@ static void pack_table(const stairs_problem *p, const stairs_table *t, int64_t f
     }
 }
 
-static void pack_keys(const stairs_problem *p, const stairs_group *group, int64_t first)
+/* Keys [first, end) of a head, where what is before them in a panel is packed. */
+static void pack_keys(const stairs_problem *p, const attn_stairs_head *head, int64_t first, int64_t end)
 {
-    const attn_stairs_head *head = &p->stairs->heads[group->head];
-    int64_t count = attn_min_i64(STAIRS_BLOCK_K, group->end - first), at = head->kv * p->keys + first;
-    if (group->few || count <= 0) {
-        return;
+    int64_t nr = p->kernels->nr;
+    for (int64_t j = first, next; j < end; j = next) {
+        int64_t column = j % nr;
+        float *panel = p->k + (head->kv * p->keys_pad + j - column) * p->d;
+        next = attn_min_i64(end, j - column + nr);
+        if (column == 0 && next - j < nr) {
+            memset(panel, 0, (size_t)(p->d * nr) * sizeof *panel);
+        }
+        p->kernels->pack_transposed(panel + column, nr, head->k + j * p->d, ATTN_F32, p->d, next - j, p->d);
     }
-    attn_stairs_pack(p->kernels, p->k + (head->kv * p->keys_pad + first) * p->d, head->k + first * p->d, p->d, count,
-                     stairs_up(count, p->kernels->nr), p->d);
-    if (p->v != NULL) {
-        attn_stairs_pad(p->kernels, p->v + at * p->dv_pad, head->v + first * p->dv, count, p->dv, p->dv_pad, 1);
+    if (p->v != NULL && first < end) {
+        attn_stairs_pad(p->kernels, p->v + (head->kv * p->keys + first) * p->dv_pad, head->v + first * p->dv, end - first, p->dv, p->dv_pad, 1);
     }
 }
 
@@ -154,12 +158,13 @@ attn_status attn_stairs_prepare(stairs_problem *p, const attn_stairs *s, int bac
         table->bias = s->heads[table->head].rel_bias != NULL ? table->emb + table->rows * p->d : NULL;
         longest = attn_max_i64(longest, table->rows);
     }
-    int64_t chunks = attn_ceil_div(longest, STAIRS_BLOCK_K), all = packed ? p->group_count + p->table_count : 0;
+    int64_t chunks = attn_ceil_div(longest, STAIRS_BLOCK_K), all = packed && !s->in_order ? p->group_count + p->table_count : 0;
 #pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1 && all > 0)
     for (int64_t i = 0; i < all * chunks; i++) {
         int64_t which = i / chunks, first = i % chunks * STAIRS_BLOCK_K;
         if (which < p->group_count) {
-            pack_keys(p, &p->groups[which], first);
+            const stairs_group *group = &p->groups[which];
+            pack_keys(p, &s->heads[group->head], first, group->few ? 0 : attn_min_i64(first + STAIRS_BLOCK_K, group->end));
         } else if (first < p->tables[which - p->group_count].rows) {
             pack_table(p, &p->tables[which - p->group_count], first);
         }
@@ -196,15 +201,25 @@ attn_status attn_stairs_workers(float **workers, const int64_t *sizes, int count
     return ATTN_OK;
 }
 
-void attn_stairs_begin_row(const stairs_problem *p, const attn_stairs_head *head, int64_t row, const float *q, float *o, float *m, float *l)
+void attn_stairs_begin_rows(const stairs_problem *p, int64_t h, int64_t first, int64_t rows, float *q, float *o, float *m, float *l)
 {
-    memset(o, 0, (size_t)p->dv_pad * sizeof *o);
-    *m = -INFINITY;
-    *l = 0;
-    if (head->own_k != NULL) {
-        *m = p->kernels->dot(q, head->own_k + row * p->d, p->d);
-        *l = 1;
-        memcpy(o, head->own_v + row * p->dv, (size_t)p->dv * sizeof *o);
+    const attn_stairs_head *head = &p->stairs->heads[h];
+    int made = p->stairs->begin != NULL;
+    if (made) {
+        p->stairs->begin(p->stairs->user, h, first, rows, q, o, p->dv_pad, m);
+    } else {
+        attn_stairs_queries(p, head, first, rows, p->d, q);
+    }
+    for (int64_t r = 0; r < rows; r++) {
+        for (int64_t c = made ? p->dv : 0; c < p->dv_pad; c++) {
+            o[r * p->dv_pad + c] = 0;
+        }
+        l[r] = made || head->own_k != NULL;
+        m[r] = made ? m[r] : -INFINITY;
+        if (!made && head->own_k != NULL) {
+            m[r] = p->kernels->dot(q + r * p->d, head->own_k + (first + r) * p->d, p->d);
+            memcpy(o + r * p->dv_pad, head->own_v + (first + r) * p->dv, (size_t)p->dv * sizeof *o);
+        }
     }
 }
 
@@ -256,8 +271,8 @@ static void row_ends(const int64_t *end, int64_t rows, int64_t *least, int64_t *
     }
 }
 
-/* Some rows against the keys of a step: what all of them see together, the rest (and everything that needs slices of relative tables) a
- * tile's height at a time, which follows the ends more closely. */
+/* Some rows against the keys of a step: what all of them see together, the rest by rows that see the same or (and with slices of relative
+ * tables always) a tile's height at a time, which follows the ends more closely. */
 static void attend_step(const stairs_problem *p, worker *w, int64_t h, int64_t first, int64_t r, int64_t rows, int64_t block)
 {
     const int64_t *end = p->stairs->heads[h].end + first;
@@ -272,7 +287,9 @@ static void attend_step(const stairs_problem *p, worker *w, int64_t h, int64_t f
     }
     for (int64_t i = r, some; i < r + rows && whole < attn_min_i64(most, limit); i += some) {
         int64_t unused, high;
-        some = attn_min_i64(p->kernels->mr, r + rows - i);
+        for (some = 1; !p->relative && i + some < r + rows && end[i + some] == end[i]; some++) {
+        }
+        some = attn_min_i64(attn_max_i64(p->kernels->mr, some), r + rows - i);
         row_ends(end + i, some, &unused, &high);
         high = attn_min_i64(high, limit);
         if (high > whole) {
@@ -285,14 +302,14 @@ static void forward_block(const stairs_problem *p, worker *w, int64_t h, int64_t
 {
     const attn_stairs_head *head = &p->stairs->heads[h];
     int64_t rows = attn_min_i64(STAIRS_BLOCK_Q, head->rows - first), unused, last;
-    attn_stairs_queries(p, head, first, rows, p->d, w->q);
+    attn_stairs_begin_rows(p, h, first, rows, w->q, w->o, w->m, w->l);
     if (p->relative) {
         attn_stairs_pad(p->kernels, w->rel_q, head->q + first * p->d, rows, p->d, p->d, p->factor);
     }
-    for (int64_t r = 0; r < rows; r++) {
-        attn_stairs_begin_row(p, head, first + r, w->q + r * p->d, w->o + r * p->dv_pad, &w->m[r], &w->l[r]);
-    }
     row_ends(head->end + first, rows, &unused, &last);
+    if (p->stairs->in_order) {
+        pack_keys(p, head, first > 0 ? head->end[first - 1] : 0, last);
+    }
     for (int64_t block = 0; block < last; block += STAIRS_BLOCK_K) {
         for (int64_t r = 0; r < rows; r += ROWS) {
             attend_step(p, w, h, first, r, attn_min_i64(ROWS, rows - r), block);
@@ -304,7 +321,7 @@ static void forward_block(const stairs_problem *p, worker *w, int64_t h, int64_t
 }
 
 typedef struct task {
-    int64_t head, first; /* a block of rows of a head; first -1: the group of few rows at `head` */
+    int64_t head, first; /* a block of rows of a head, in order all of them; first -1: the group of few rows at `head` */
 } task;
 
 /* The last blocks of a head see most keys: they come first. */
@@ -316,7 +333,8 @@ static int64_t list_tasks(const stairs_problem *p, task *tasks)
             tasks[count++] = (task){g, -1};
         }
         for (int64_t h = p->groups[g].head; h < p->groups[g].next && !p->groups[g].few; h++) {
-            for (int64_t b = attn_ceil_div(p->stairs->heads[h].rows, STAIRS_BLOCK_Q) - 1; b >= 0; b--) {
+            int64_t blocks = attn_ceil_div(p->stairs->heads[h].rows, STAIRS_BLOCK_Q);
+            for (int64_t b = p->stairs->in_order ? 0 : blocks - 1; b >= 0; b--) {
                 tasks[count++] = (task){h, b * STAIRS_BLOCK_Q};
             }
         }
@@ -352,8 +370,11 @@ static attn_status forward(const attn_stairs *s, attn_arena *arena, int threads)
         worker *w = &workers[omp_get_thread_num()];
         if (tasks[t].first < 0) {
             attn_stairs_few(&p, &p.groups[tasks[t].head], w->few);
-        } else {
-            forward_block(&p, w, tasks[t].head, tasks[t].first);
+            continue;
+        }
+        int64_t end = s->in_order ? s->heads[tasks[t].head].rows : tasks[t].first + 1;
+        for (int64_t first = tasks[t].first; first < end; first += STAIRS_BLOCK_Q) {
+            forward_block(&p, w, tasks[t].head, first);
         }
     }
     return ATTN_OK;

@@ -23,10 +23,20 @@ typedef struct attn_stairs_head {
     float *o, *lse; /* [rows][dv], [rows]; a row without keys gets 0 and -inf */
 } attn_stairs_head;
 
+/* The queries and own keys and values of rows [first, first + rows) of head h, where nothing keeps them: q [rows][d] gets the queries times
+ * scale * log2(e), m [rows] their products with the own keys, and o [rows][stride] the own values. Called once for each block of rows, by
+ * any thread; `in_order`, a head's blocks come one after another, and the call also makes those keys and values that its rows are the
+ * first to see. */
+typedef void attn_stairs_begin(const void *user, int64_t h, int64_t first, int64_t rows, float *q, float *o, int64_t stride, float *m);
+#define ATTN_STAIRS_BLOCK 192 /* rows of a block */
+
 typedef struct attn_stairs {
     int64_t keys, d, dv, kv_count, head_count;
     double scale;
     const attn_stairs_head *heads;
+    attn_stairs_begin *begin; /* in forward, instead of q, own_k and own_v; or NULL */
+    const void *user;         /* its first argument */
+    int in_order;             /* with begin, for heads that share no keys and have sorted ends; a head is then one thread's */
 } attn_stairs;
 
 attn_status attn_stairs_forward(const attn_stairs *stairs, attn_arena *arena, int threads);

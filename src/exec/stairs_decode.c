@@ -32,11 +32,10 @@ void attn_stairs_few(const stairs_problem *p, const stairs_group *group, float *
     const attn_stairs_head *head[STAIRS_FEW];
     int64_t row[STAIRS_FEW], rows = 0;
     for (int64_t h = group->head; h < group->next; h++) {
+        attn_stairs_begin_rows(p, h, 0, p->stairs->heads[h].rows, q + rows * p->d, o + rows * p->dv_pad, m + rows, l + rows);
         for (int64_t r = 0; r < p->stairs->heads[h].rows; r++, rows++) {
             head[rows] = &p->stairs->heads[h];
             row[rows] = r;
-            attn_stairs_queries(p, head[rows], r, 1, p->d, q + rows * p->d);
-            attn_stairs_begin_row(p, head[rows], r, q + rows * p->d, o + rows * p->dv_pad, &m[rows], &l[rows]);
             if (p->relative) {
                 kernels->load_row(rel_q + rows * p->d, head[rows]->q + r * p->d, ATTN_F32, p->d, p->factor);
             }

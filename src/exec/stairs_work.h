@@ -7,7 +7,7 @@
 #include "kernel/decode.h"
 #include "kernel/tile.h"
 
-#define STAIRS_BLOCK_Q 192
+#define STAIRS_BLOCK_Q ATTN_STAIRS_BLOCK
 #define STAIRS_BLOCK_K 512 /* keys of a step; a multiple of every panel width */
 #define STAIRS_FEW 16      /* rows of a group that read keys and values as they lie */
 
@@ -65,9 +65,9 @@ static inline void stairs_mask_tail(float *s, int64_t low, int64_t count, int64_
 /* `count` arrays of floats for each of `threads` workers, which are structs of just these pointers. */
 attn_status attn_stairs_workers(float **workers, const int64_t *sizes, int count, int threads, attn_arena *arena);
 
-/* One row's state before its first key, and its results after the last. o [dv_pad] */
-void attn_stairs_begin_row(const stairs_problem *problem, const attn_stairs_head *head, int64_t row, const float *q, float *o, float *m,
-                           float *l);
+/* Rows [first, first + rows) of head h before their first key: queries times the problem's factor, q [rows][d], and the state, o
+ * [rows][dv_pad]. Then one row's results after the last. */
+void attn_stairs_begin_rows(const stairs_problem *problem, int64_t h, int64_t first, int64_t rows, float *q, float *o, float *m, float *l);
 void attn_stairs_finish_row(const stairs_problem *problem, const attn_stairs_head *head, int64_t row, float *o, float m, float l);
 
 /* stairs_decode.c: the few rows of a group over its keys. scratch: attn_stairs_few_size() floats. */

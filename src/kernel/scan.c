@@ -7,6 +7,7 @@
 
 #define AHEAD 16 /* tokens: their rows lie too far apart for the machine to see where this goes */
 #define PAIR 2 /* vectors of channels that go together, so that one's latency hides behind the other's */
+#define QUAD 4 /* the same where much is done for each */
 
 VINLINE vf part(const float *from, int lanes) { return lanes == VW ? v_load(from) : v_load_n(from, lanes); }
 VINLINE void put(float *to, vf x, int lanes)
@@ -127,13 +128,14 @@ static void back(const attn_scan_back *x)
     }
 }
 
-VINLINE void average_lanes(int count, int lanes, int64_t n, int64_t ld, const float *x, const float *g, const float *before, float *out)
+VINLINE void average_lanes(int count, int lanes, int64_t n, int64_t ld, const float *x, const float *g, const float *before,
+                          int64_t ld_out, float *out)
 {
     vf last[PAIR], one = v_set1(1.0f);
     for (int i = 0; i < count; i++) {
         last[i] = before != NULL ? part(before + i * VW, lanes) : v_zero();
     }
-    for (int64_t t = 0; t < n; t++, x += ld, g += ld, out += ld) {
+    for (int64_t t = 0; t < n; t++, x += ld, g += ld, out += ld_out) {
         for (int i = 0; i < count; i++) {
             vf gate = part(g + i * VW, lanes);
             last[i] = v_fma(gate, last[i], v_mul(v_sub(one, gate), part(x + i * VW, lanes)));
@@ -142,15 +144,52 @@ VINLINE void average_lanes(int count, int lanes, int64_t n, int64_t ld, const fl
     }
 }
 
-static void average(int64_t n, int64_t channels, int64_t ld, const float *x, const float *g, const float *before, float *out)
+static void average(int64_t n, int64_t channels, int64_t ld, const float *x, const float *g, const float *before, int64_t ld_out, float *out)
 {
     int64_t c = 0;
     for (; c + PAIR * VW <= channels; c += PAIR * VW) {
-        average_lanes(PAIR, VW, n, ld, x + c, g + c, before != NULL ? before + c : NULL, out + c);
+        average_lanes(PAIR, VW, n, ld, x + c, g + c, before != NULL ? before + c : NULL, ld_out, out + c);
     }
     for (; c < channels; c += VW) {
         int lanes = channels - c < VW ? (int)(channels - c) : VW;
-        average_lanes(1, lanes, n, ld, x + c, g + c, before != NULL ? before + c : NULL, out + c);
+        average_lanes(1, lanes, n, ld, x + c, g + c, before != NULL ? before + c : NULL, ld_out, out + c);
+    }
+}
+
+VINLINE void gated_lanes(int count, int lanes, const attn_scan_gated x, int64_t c)
+{
+    vf k[QUAD], v[QUAD], one = v_set1(1.0f), factor = v_set1(x.factor);
+    for (int i = 0; i < count; i++) {
+        k[i] = part(x.k_state + c + i * VW, lanes);
+        v[i] = part(x.v_state + c + i * VW, lanes);
+    }
+    for (int64_t t = 0; t < x.n; t++) {
+        vf sum = v_zero();
+        for (int i = 0; i < count; i++) {
+            int64_t at = t * x.channels + c + i * VW;
+            vf gate = part(x.g + at, lanes), rest = v_sub(one, gate), q = v_mul(factor, part(x.q + at, lanes));
+            k[i] = v_fma(gate, k[i], v_mul(rest, part(x.k + at, lanes)));
+            v[i] = v_fma(gate, v[i], v_mul(rest, part(x.v + at, lanes)));
+            put(x.turned + at, q, lanes);
+            put(x.out + t * x.ld_out + c + i * VW, v[i], lanes);
+            sum = v_fma(q, k[i], sum);
+        }
+        x.product[t] = v_sum(sum) + (c > 0 ? x.product[t] : 0.0f);
+    }
+    for (int i = 0; i < count; i++) {
+        put(x.k_state + c + i * VW, k[i], lanes);
+        put(x.v_state + c + i * VW, v[i], lanes);
+    }
+}
+
+static void gated(const attn_scan_gated *x)
+{
+    int64_t c = 0;
+    for (; c + QUAD * VW <= x->channels; c += QUAD * VW) {
+        gated_lanes(QUAD, VW, *x, c);
+    }
+    for (; c < x->channels; c += VW) {
+        gated_lanes(1, x->channels - c < VW ? (int)(x->channels - c) : VW, *x, c);
     }
 }
 
@@ -177,4 +216,4 @@ static void average_back(int64_t n, int64_t channels, const float *x, const floa
     }
 }
 
-const attn_scan_kernels ATTN_K(attn_scan_kernels_table) = {.scan = scan, .states = states, .back = back, .average = average, .average_back = average_back};
+const attn_scan_kernels ATTN_K(attn_scan_kernels_table) = {.scan = scan, .states = states, .back = back, .average = average, .gated = gated, .average_back = average_back};

@@ -37,13 +37,25 @@ typedef struct attn_scan_back {
 } attn_scan_back;
 #define ATTN_SCAN_LANES 16
 
+/* Tokens of RAT, rows of `channels` numbers: k[t] = g[t] k[t-1] + (1 - g[t]) k[t] and likewise v. The values go to out, the queries times
+ * `factor` to turned (rows of channels, too), and their products with the keys to product [n]. */
+typedef struct attn_scan_gated {
+    int64_t n, channels, ld_out;
+    const float *q, *k, *v, *g;
+    float factor;
+    float *k_state, *v_state; /* [channels]: the row before the first one, and the last one after */
+    float *turned, *out, *product;
+} attn_scan_gated;
+
 typedef struct attn_scan_kernels {
     void (*scan)(const attn_scan *x);
     void (*states)(const attn_scan_back *x); /* h after each token */
     void (*back)(const attn_scan_back *x);   /* after that, the gradients */
-    /* out[t] = g[t] out[t-1] + (1 - g[t]) x[t], rows of `channels` numbers, ld apart; before: the row before the first one, NULL: 0. */
-    void (*average)(int64_t n, int64_t channels, int64_t ld, const float *x, const float *g, const float *before, float *out);
-    /* Its backward: a[t] += g[t+1] a[t+1] from the last token on, then grad_x[t] = (1 - g[t]) a[t] and grad_g[t] (add: +=)
+    /* out[t] = g[t] out[t-1] + (1 - g[t]) x[t], rows of `channels` numbers, ld and ld_out apart (0: only the last one stays); before: the row
+     * before the first one, NULL: 0. */
+    void (*average)(int64_t n, int64_t channels, int64_t ld, const float *x, const float *g, const float *before, int64_t ld_out, float *out);
+    void (*gated)(const attn_scan_gated *x);
+    /* The backward of `average`: a[t] += g[t+1] a[t+1] from the last token on, then grad_x[t] = (1 - g[t]) a[t] and grad_g[t] (add: +=)
      * a[t] (out[t-1] - x[t]). a is used up; grad_x may be a; before as above. */
     void (*average_back)(int64_t n, int64_t channels, const float *x, const float *g, const float *before, const float *out, float *a,
                          float *grad_x, float *grad_g, int add);

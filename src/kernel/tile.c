@@ -98,17 +98,23 @@ static void product(int64_t m, int64_t n, int64_t k, const float *a, int64_t a_r
 
 /* ---- Rows ---- */
 
+#define TOGETHER 8 /* rows whose maxima come first: what is between the lanes of one hides behind the others */
+
 static void softmax(int64_t rows, float *s, int64_t lds, int64_t count, float *m, float *l, float *alpha)
 {
     for (int64_t i = 0; i < rows; i++, s += lds) {
-        vf top = v_load(s);
-        for (int64_t j = VW; j < count; j += VW) {
-            top = v_max(top, v_load(s + j));
+        for (int64_t r = i; i % TOGETHER == 0 && r < rows && r < i + TOGETHER; r++) {
+            const float *row = s + (r - i) * lds;
+            vf top = v_load(row);
+            for (int64_t j = VW; j < count; j += VW) {
+                top = v_max(top, v_load(row + j));
+            }
+            float before = m[r], now = v_top(top);
+            m[r] = now > before ? now : before;
+            alpha[r] = m[r] == before ? 1.0f : exp2f(before - m[r]);
         }
-        float before = m[i], now = v_top(top);
-        now = now > before ? now : before;
         /* A row that has seen nothing yet: any finite shift gives zeros. */
-        vf shift = v_set1(now == -INFINITY ? 0.0f : now);
+        vf shift = v_set1(m[i] == -INFINITY ? 0.0f : m[i]);
         vf sum0 = v_zero(), sum1 = v_zero();
         int64_t j = 0;
         for (; j + 2 * VW <= count; j += 2 * VW) {
@@ -123,8 +129,6 @@ static void softmax(int64_t rows, float *s, int64_t lds, int64_t count, float *m
             v_store(s + j, p);
             sum0 = v_add(sum0, p);
         }
-        alpha[i] = now == before ? 1.0f : exp2f(before - now);
-        m[i] = now;
         l[i] = l[i] * alpha[i] + v_sum(v_add(sum0, sum1));
     }
 }

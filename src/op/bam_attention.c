@@ -139,7 +139,7 @@ static attn_status list_heads(attn_call *call, bam_moa *m)
                                      .k = m->k + kv * m->n * m->d, .v = m->v + kv * m->n * m->dv, .o = m->o + row * m->dv,
                                      .lse = m->lse + row};
     }
-    m->stairs = (attn_stairs){m->n, m->d, m->dv, m->batch * m->kv_sets * kv_heads, all, m->scale, list};
+    m->stairs = (attn_stairs){.keys = m->n, .d = m->d, .dv = m->dv, .kv_count = m->batch * m->kv_sets * kv_heads, .head_count = all, .scale = m->scale, .heads = list};
     return ATTN_OK;
 }
 

@@ -43,7 +43,7 @@ attn_status attn_moh_attend(attn_call *call, const uint8_t *mask, const attn_ten
         list[bh] = (attn_stairs_head){.rows = count, .kv = kv, .q = attn_f32(q) + bh * n * d, .q_row = token + start, .end = end + start,
                                       .k = attn_f32(k) + kv * m * d, .v = attn_f32(v) + kv * m * dv, .o = to->o + start * dv, .lse = to->lse + start};
     }
-    to->stairs = (attn_stairs){m, d, dv, batch * kv_heads, all, scale, list};
+    to->stairs = (attn_stairs){.keys = m, .d = d, .dv = dv, .kv_count = batch * kv_heads, .head_count = all, .scale = scale, .heads = list};
     return token_by_token ? decode(call, to) : attn_stairs_forward(&to->stairs, call->arena, call->threads);
 }
 

@@ -1,11 +1,12 @@
 /* RAT (arXiv:2507.04416): a gated linear recurrence inside chunks, softmax attention across them.
  *
  * A token sees the last recurrent key and value of every earlier chunk, a staircase of N/L keys, and the running pair of its own
- * chunk as one more key of its own. Tokens go through in tiles; of a tile only chunk ends and the running pair stay. The backward
- * pass finds the chunk ends first, and then goes back through the tiles and computes each again.
+ * chunk as one more key of its own. The chunk ends are found first, and nothing else is kept: blocks of queries run the recurrence of
+ * their tokens again, from the caches. The backward pass goes back through tiles of tokens and computes each again.
  */
 #include "op/rat.h"
 
+#include "exec/softmax.h"
 #include "kernel/rows.h"
 #include "kernel/scan.h"
 #include "kernel/tile.h"
@@ -14,7 +15,7 @@
 #include <string.h>
 
 #define DIFF ATTN_PORT_DIFF
-#define TILE 1048576 /* numbers of all arrays of a tile */
+#define TILE 1048576 /* numbers of all arrays of a tile of backward */
 #define SCAN_WIDTH 64 /* channels of a task of rat.scan */
 
 /* ---- The core ---- */
@@ -88,13 +89,6 @@ static attn_status tile_create(attn_call *call, const rat_core *x, int64_t count
     return w->end != NULL ? ATTN_OK : attn_fail_memory((size_t)count * sizeof *w->end);
 }
 
-/* Tokens of a tile whose arrays, `each` numbers for a token, channel and head, stay in the caches. */
-static int64_t tile_tokens(const rat_core *x, int64_t each)
-{
-    int64_t tokens = TILE / attn_max_i64(1, x->batch * x->heads * x->d * each);
-    return attn_min_i64(x->n, attn_max_i64(64, tokens - tokens % 64));
-}
-
 /* Pieces of [t, end) that lie in one chunk: its number, and whether the recurrence starts there. */
 static int64_t piece(const rat_core *x, int64_t t, int64_t end, int64_t *chunk)
 {
@@ -108,60 +102,83 @@ static int64_t rows_at(const rat_core *x, int64_t bh, int64_t shared, int64_t st
     return (bh / x->heads * shared + source_head(x, bh % x->heads, shared)) * stride * x->d;
 }
 
-/* One head of a tile: recurrences, chunk ends, the running pair; queries only when the tile has room for them. */
-static void recur(const rat_core *x, const rat_rows *r, const tile *w, int64_t bh)
+/* Keys or values of `count` tokens of one chunk; before: of the token before them. */
+static void run_pair(const rat_core *x, int64_t count, const float *k, const float *v, const float *g, const float *k_before,
+                     const float *v_before, int64_t ld_k, float *kr, int64_t ld_v, float *vr)
 {
     const attn_scan_kernels *kernels = attn_scan_kernels_get();
-    int64_t d = x->d, own = bh * r->stride * d, end = r->first + r->count;
-    const float *k = r->k + rows_at(x, bh, x->k_heads, r->stride), *v = r->v + own, *g = r->g + own;
-    float *kr = w->k + bh * r->count * d, *vr = w->v + bh * r->count * d, *k_last = x->k_last + bh * d, *v_last = x->v_last + bh * d;
-    for (int64_t t = r->first, count, chunk; t < end; t += count) {
-        count = piece(x, t, end, &chunk);
-        int64_t at = (t - r->first) * d, last = at + (count - 1) * d;
-        int fresh = (x->steps + t) % x->chunk == 0;
-        kernels->average(count, d, d, k + at, g + at, fresh ? NULL : k_last, kr + at);
-        kernels->average(count, d, d, v + at, g + at, fresh ? NULL : v_last, vr + at);
-        memcpy(k_last, kr + last, (size_t)d * sizeof(float));
-        memcpy(v_last, vr + last, (size_t)d * sizeof(float));
-        /* Queries are turned for the chunk ends, so the running key is turned with them: their product stays as it was. */
-        turn(x, chunk, 0, kr + at, count);
-        if (w->q != NULL) {
-            memcpy(w->q + bh * r->count * d + at, r->q + rows_at(x, bh, x->q_heads, r->stride) + at, (size_t)(count * d) * sizeof(float));
-            turn(x, chunk, 0, w->q + bh * r->count * d + at, count);
-        }
-        if ((x->steps + t + count) % x->chunk == 0) {
-            memcpy(x->k_end + (bh * x->ends + chunk) * d, kr + last, (size_t)d * sizeof(float));
-            memcpy(x->v_end + (bh * x->ends + chunk) * d, vr + last, (size_t)d * sizeof(float));
-        }
+    kernels->average(count, x->d, x->d, k, g, k_before, ld_k, kr);
+    kernels->average(count, x->d, x->d, v, g, v_before, ld_v, vr);
+}
+
+/* The running pair is that before token t: where a chunk ends, its end too. */
+static void keep_end(const rat_core *x, int64_t bh, int64_t t, int64_t chunk)
+{
+    int64_t at = (bh * x->ends + chunk) * x->d;
+    if ((x->steps + t) % x->chunk == 0) {
+        memcpy(x->k_end + at, x->k_last + bh * x->d, (size_t)x->d * sizeof(float));
+        memcpy(x->v_end + at, x->v_last + bh * x->d, (size_t)x->d * sizeof(float));
+        turn(x, chunk, 0, x->k_end + at, 1);
     }
 }
 
-static void recur_all(attn_call *call, const rat_core *x, const rat_rows *r, const tile *w)
+/* One head: chunk ends, the running pair, and with `starts` the pair before each block of rows. */
+static void find_ends(const rat_core *x, const rat_rows *r, float *starts, int64_t bh)
+{
+    int64_t d = x->d, own = bh * r->stride * d, end = r->first + r->count, blocks = attn_ceil_div(r->count, ATTN_STAIRS_BLOCK);
+    const float *k = r->k + rows_at(x, bh, x->k_heads, r->stride), *v = r->v + own, *g = r->g + own;
+    float *k_last = x->k_last + bh * d, *v_last = x->v_last + bh * d;
+    size_t bytes = (size_t)d * sizeof(float);
+    for (int64_t t = r->first, count, chunk; t < end; t += count) {
+        int64_t row = t - r->first, at = row * d, block = row / ATTN_STAIRS_BLOCK;
+        count = piece(x, t, attn_min_i64(end, r->first + (block + 1) * ATTN_STAIRS_BLOCK), &chunk);
+        if (starts != NULL && row % ATTN_STAIRS_BLOCK == 0) {
+            memcpy(starts + (bh * blocks + block) * 2 * d, k_last, bytes);
+            memcpy(starts + ((bh * blocks + block) * 2 + 1) * d, v_last, bytes);
+        }
+        int fresh = (x->steps + t) % x->chunk == 0;
+        run_pair(x, count, k + at, v + at, g + at, fresh ? NULL : k_last, fresh ? NULL : v_last, 0, k_last, 0, v_last);
+        keep_end(x, bh, t + count, chunk);
+    }
+}
+
+static void find_all_ends(attn_call *call, const rat_core *x, const rat_rows *r, float *starts)
 {
 #pragma omp parallel for schedule(static) num_threads(call->threads) if (call->threads > 1)
     for (int64_t bh = 0; bh < x->batch * x->heads; bh++) {
-        recur(x, r, w, bh);
+        find_ends(x, r, starts, bh);
     }
 }
 
-/* Attention of a tile; lse [B*H][count], or NULL. */
-static attn_status attend(attn_call *call, const rat_core *x, const rat_rows *r, const tile *w, float *lse, attn_stairs_head *list,
-                          attn_stairs *stairs)
+/* One head of a tile of whole chunks: recurrent keys and values, and queries. */
+static void recur(const rat_core *x, const rat_rows *r, const tile *w, int64_t bh)
 {
-    int64_t all = x->batch * x->heads, size = r->count * x->d;
+    int64_t d = x->d, own = bh * r->stride * d, end = r->first + r->count, to = bh * r->count * d;
+    const float *k = r->k + rows_at(x, bh, x->k_heads, r->stride), *v = r->v + own, *g = r->g + own;
+    memcpy(w->q + to, r->q + rows_at(x, bh, x->q_heads, r->stride), (size_t)(r->count * d) * sizeof(float));
+    for (int64_t t = r->first, count, chunk; t < end; t += count) {
+        count = piece(x, t, end, &chunk);
+        int64_t at = (t - r->first) * d;
+        run_pair(x, count, k + at, v + at, g + at, NULL, NULL, d, w->k + to + at, d, w->v + to + at);
+        /* Queries are turned for the chunk ends, so the running key is turned with them: their product stays as it was. */
+        turn(x, chunk, 0, w->k + to + at, count);
+        turn(x, chunk, 0, w->q + to + at, count);
+    }
+}
+
+/* The attention of some tokens to the chunk ends before them, still without own keys. */
+static void list_heads(const rat_core *x, const rat_rows *r, int64_t *end, attn_stairs_head *list, attn_stairs *stairs)
+{
+    int64_t all = x->batch * x->heads;
     for (int64_t t = 0; t < r->count; t++) {
-        w->end[t] = (x->steps + r->first + t) / x->chunk;
+        end[t] = (x->steps + r->first + t) / x->chunk;
     }
-    *stairs = (attn_stairs){w->end[r->count - 1], x->d, x->d, all, all, x->scale, list};
+    *stairs = (attn_stairs){.keys = end[r->count - 1], .d = x->d, .dv = x->d, .kv_count = all, .head_count = all, .scale = x->scale, .heads = list};
     for (int64_t bh = 0; bh < all; bh++) {
-        list[bh] = (attn_stairs_head){.rows = r->count, .kv = bh, .q = w->q + bh * size, .end = w->end, .k = x->k_end + bh * x->ends * x->d,
-                                      .v = x->v_end + bh * x->ends * x->d, .own_k = w->k + bh * size, .own_v = w->v + bh * size,
-                                      .o = r->o + bh * r->stride * x->d, .lse = lse != NULL ? lse + bh * r->count : NULL};
-        if (stairs->keys == 0 && lse == NULL) {
-            memcpy(list[bh].o, list[bh].own_v, (size_t)size * sizeof(float));
-        }
+        int64_t at = bh * x->ends * x->d;
+        list[bh] = (attn_stairs_head){.rows = r->count, .kv = bh, .q = r->q + rows_at(x, bh, x->q_heads, r->stride), .end = end, .k = x->k_end + at,
+                                      .v = x->v_end + at, .o = r->o + bh * r->stride * x->d};
     }
-    return stairs->keys == 0 && lse == NULL ? ATTN_OK : attn_stairs_forward(stairs, call->arena, call->threads);
 }
 
 /* Tokens [first, first + count) of `rows`. */
@@ -171,22 +188,66 @@ static rat_rows part_of(const rat_core *x, const rat_rows *rows, int64_t first, 
     return (rat_rows){first, count, rows->stride, rows->q + at, rows->k + at, rows->v + at, rows->g + at, rows->o != NULL ? rows->o + at : NULL};
 }
 
+/* What begin() needs. */
+typedef struct forward_part {
+    const rat_core *x;
+    rat_rows rows;
+    float *starts; /* [B*H][blocks][2][d]: the running pair before each block; NULL: blocks come in order and find the ends, too */
+} forward_part;
+
+/* See attn_stairs_begin. */
+static void begin(const void *user, int64_t bh, int64_t first, int64_t rows, float *q, float *o, int64_t stride, float *m)
+{
+    const forward_part *p = user;
+    const rat_core *x = p->x;
+    const rat_rows *r = &p->rows;
+    int64_t d = x->d, own = (bh * r->stride + first) * d, blocks = attn_ceil_div(r->count, ATTN_STAIRS_BLOCK);
+    int64_t at_q = rows_at(x, bh, x->q_heads, r->stride) + first * d, at_k = rows_at(x, bh, x->k_heads, r->stride) + first * d;
+    float *k_state = x->k_last + bh * d, *v_state = x->v_last + bh * d;
+    if (p->starts != NULL) {
+        k_state = p->starts + (bh * blocks + first / ATTN_STAIRS_BLOCK) * 2 * d;
+        v_state = k_state + d;
+    }
+    for (int64_t i = 0, count, chunk; i < rows; i += count) {
+        int64_t t = r->first + first + i;
+        count = piece(x, t, r->first + first + rows, &chunk);
+        if ((x->steps + t) % x->chunk == 0) {
+            memset(k_state, 0, (size_t)d * sizeof(float));
+            memset(v_state, 0, (size_t)d * sizeof(float));
+        }
+        attn_scan_kernels_get()->gated(&(attn_scan_gated){count, d, stride, r->q + at_q + i * d, r->k + at_k + i * d, r->v + own + i * d, r->g + own + i * d,
+                                                          (float)(x->scale * ATTN_LOG2E), k_state, v_state, q + i * d, o + i * stride, m + i});
+        turn(x, chunk, 0, q + i * d, count);
+        if (p->starts == NULL) {
+            keep_end(x, bh, t + count, chunk);
+        }
+    }
+}
+
 attn_status rat_core_forward(attn_call *call, rat_core *x, const rat_rows *rows)
 {
     attn_arena_mark mark = attn_arena_get_mark(call->arena);
-    int64_t step = attn_max_i64(1, tile_tokens(x, 3)), end = rows->first + rows->count, heads = x->batch * x->heads;
+    int64_t heads = x->batch * x->heads;
     attn_stairs_head *list = attn_arena_array(call->arena, (size_t)heads, sizeof *list);
+    int64_t *end = attn_arena_array(call->arena, (size_t)rows->count, sizeof *end);
+    forward_part p = {.x = x, .rows = *rows};
     attn_stairs stairs;
-    tile w;
-    if (list == NULL) {
-        return attn_fail_memory((size_t)heads * sizeof *list);
+    if (list == NULL || end == NULL) {
+        return attn_fail_memory((size_t)heads * sizeof *list + (size_t)rows->count * sizeof *end);
     }
-    ATTN_TRY(tile_create(call, x, step, &w));
-    for (int64_t t = rows->first; t < (heads > 0 ? end : 0); t += step) {
-        rat_rows part = part_of(x, rows, t, attn_min_i64(step, end - t));
-        recur_all(call, x, &part, &w);
-        ATTN_TRY(attend(call, x, &part, &w, NULL, list, &stairs));
+    if (heads == 0 || rows->count == 0) {
+        return ATTN_OK;
     }
+    list_heads(x, rows, end, list, &stairs);
+    stairs.begin = begin;
+    stairs.user = &p;
+    /* A thread for each head reads everything once. */
+    stairs.in_order = heads % call->threads == 0 || heads > 4 * call->threads;
+    if (!stairs.in_order) {
+        ATTN_TRY(attn_take_f32(call, heads * attn_ceil_div(rows->count, ATTN_STAIRS_BLOCK) * 2 * x->d, &p.starts));
+        find_all_ends(call, x, rows, p.starts);
+    }
+    ATTN_TRY(attn_stairs_forward(&stairs, call->arena, call->threads));
     attn_arena_release(call->arena, mark);
     return ATTN_OK;
 }
@@ -266,31 +327,35 @@ static attn_status back_memory(attn_call *call, const rat_core *x, int64_t step,
 attn_status rat_core_backward(attn_call *call, rat_core *x, const rat_rows *rows, const rat_gradients *grad)
 {
     /* Tiles of whole chunks: nothing flows back from one to the one before but through the ends. */
-    int64_t step = attn_max_i64(1, attn_min_i64(x->n, attn_ceil_div(tile_tokens(x, 8), x->chunk) * x->chunk)), all = x->batch * x->heads;
+    int64_t all = x->batch * x->heads, most = attn_max_i64(64, TILE / attn_max_i64(1, all * x->d * 8));
+    int64_t step = attn_max_i64(1, attn_min_i64(x->n, attn_ceil_div(most, x->chunk) * x->chunk));
     attn_arena_mark mark = attn_arena_get_mark(call->arena);
-    tile w, ends_only;
+    tile w;
     back_tile y;
     attn_stairs stairs;
     ATTN_TRY(rat_core_open(call, x));
     ATTN_TRY(tile_create(call, x, step, &w));
     ATTN_TRY(back_memory(call, x, step, &y));
-    ends_only = w;
-    ends_only.q = NULL;
-    for (int64_t t = 0; t < x->n; t += step) {
-        rat_rows part = part_of(x, rows, t, attn_min_i64(step, x->n - t));
-        recur_all(call, x, &part, &ends_only);
-    }
+    find_all_ends(call, x, rows, NULL);
     for (int64_t t = x->n > 0 && all > 0 ? (x->n - 1) / step * step : -1; t >= 0; t -= step) {
         rat_rows part = part_of(x, rows, t, attn_min_i64(step, x->n - t)), inner = part;
         int64_t size = part.count * x->d;
         inner.o = y.o;
-        recur_all(call, x, &part, &w);
         inner.stride = part.count;
-        ATTN_TRY(attend(call, x, &inner, &w, y.lse, y.list, &stairs));
+#pragma omp parallel for schedule(static) num_threads(call->threads) if (call->threads > 1)
         for (int64_t bh = 0; bh < all; bh++) {
+            recur(x, &part, &w, bh);
+        }
+        list_heads(x, &inner, w.end, y.list, &stairs);
+        for (int64_t bh = 0; bh < all; bh++) {
+            y.list[bh].q = w.q + bh * size;
+            y.list[bh].own_k = w.k + bh * size;
+            y.list[bh].own_v = w.v + bh * size;
+            y.list[bh].lse = y.lse + bh * part.count;
             y.gradients[bh] = (attn_stairs_gradient){.grad_o = grad->o + (bh * rows->stride + t) * x->d, .q = y.q + bh * size,
                                                      .own_k = y.k + bh * size, .own_v = y.v + bh * size};
         }
+        ATTN_TRY(attn_stairs_forward(&stairs, call->arena, call->threads));
         ATTN_TRY(attn_stairs_backward(&stairs, y.gradients, y.k_part, y.v_part, call->arena, call->threads));
 #pragma omp parallel for schedule(static) num_threads(call->threads) if (call->threads > 1)
         for (int64_t bh = 0; bh < all; bh++) {
@@ -535,7 +600,7 @@ static attn_status scan_forward(attn_call *call)
         for (int64_t t = 0; t < n; t += chunk) {
             int64_t at = (b * n + t) * width + c;
             attn_scan_kernels_get()->average(attn_min_i64(chunk, n - t), some, width, attn_f32(call->t[S_X]) + at, attn_f32(call->t[S_G]) + at,
-                                             state != NULL ? state + b * width + c : NULL, attn_f32(call->t[S_O]) + at);
+                                             state != NULL ? state + b * width + c : NULL, width, attn_f32(call->t[S_O]) + at);
         }
     }
     return ATTN_OK;

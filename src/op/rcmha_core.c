@@ -29,7 +29,7 @@ attn_status attn_rcmha_core_forward(attn_call *call, rcmha_core *x)
             list[bh].first = x->m - x->n;
         }
     }
-    x->stairs = (attn_stairs){x->m, x->d, x->dv, x->batch * x->kv_heads, all, x->scale, list};
+    x->stairs = (attn_stairs){.keys = x->m, .d = x->d, .dv = x->dv, .kv_count = x->batch * x->kv_heads, .head_count = all, .scale = x->scale, .heads = list};
     return attn_stairs_forward(&x->stairs, call->arena, call->threads);
 }
 
