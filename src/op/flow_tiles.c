@@ -167,36 +167,45 @@ static void advance(work *w, const float *keys, int64_t count)
 
 /* ---- Normal form ---- */
 
-static void sum_plain(const work *w, side *s)
+static void sum_keys(work *w)
 {
-    for (int64_t i = 0; i < s->count; i += TILE) {
-        int64_t count = left(s->count, i);
-        map_rows(w, s, i, count, s->mapped + i * w->dp);
-        gather(w, s, s->mapped + i * w->dp, count, PLAIN, SHARED);
+    side *k = &w->k;
+    for (int64_t j = 0; j < k->count; j += TILE) {
+        int64_t count = left(k->count, j);
+        map_rows(w, k, j, count, k->mapped + j * w->dp);
+        gather(w, k, k->mapped + j * w->dp, count, PLAIN, SHARED);
     }
-    settle(w, s, PLAIN);
+    settle(w, k, PLAIN);
 }
 
-/* Each row's flow through the other side's plain sum, kept in flow unless that is NULL, and the sum of rows by it. */
-static void sum_shared(const work *w, side *s, const side *other, float *flow)
+/* The flows of a tile's rows, from their products with the other side's plain sum: weights of the rows, and flow unless NULL. */
+static void share(const work *w, side *s, const side *other, int64_t count, float *flow)
 {
-    for (int64_t i = 0; i < s->count; i += TILE) {
-        int64_t count = left(s->count, i);
-        const float *rows = s->mapped + i * w->dp;
-        project(w, s, other->base, rows, count, 1);
-        for (int64_t r = 0; r < count; r++) {
-            float through = (float)((double)s->dots[r] + w->f->eps * other->total[PLAIN]);
-            s->weights[SHARED * TILE + r] = 1 / through;
-            if (flow != NULL) {
-                flow[i + r] = through;
-            }
+    for (int64_t r = 0; r < count; r++) {
+        float through = (float)((double)s->dots[r] + w->f->eps * other->total[PLAIN]);
+        s->weights[SHARED * TILE + r] = 1 / through;
+        if (flow != NULL) {
+            flow[r] = through;
         }
-        gather(w, s, rows, count, SHARED, SUMS);
     }
-    settle(w, s, SHARED);
 }
 
-/* state = the sum of keys times competition * values. The softmax over all sources goes by tiles: whatever came before is scaled down when
+static void sum_queries(work *w)
+{
+    side *q = &w->q;
+    for (int64_t i = 0; i < q->count; i += TILE) {
+        int64_t count = left(q->count, i);
+        float *rows = q->mapped + i * w->dp;
+        map_rows(w, q, i, count, rows);
+        project(w, q, w->k.base, rows, count, 1);
+        share(w, q, &w->k, count, w->flow + i);
+        gather(w, q, rows, count, PLAIN, SUMS);
+    }
+    settle(w, q, PLAIN);
+    settle(w, q, SHARED);
+}
+
+/* The shared sum of keys, and state = the sum of keys times competition * values. The softmax over all sources goes by tiles: whatever came before is scaled down when
  * the largest flow grows. */
 static void collect(work *w, const float *v, float *competition)
 {
@@ -210,9 +219,11 @@ static void collect(work *w, const float *v, float *competition)
         const float *rows = k->mapped + j * w->dp;
         float before = top;
         uint8_t clipped;
-        project(w, k, w->q.base + SHARED * w->dp, rows, count, 1);
+        project(w, k, w->q.base, rows, count, SUMS);
+        share(w, k, &w->q, count, NULL);
+        gather(w, k, rows, count, SHARED, SUMS);
         for (int64_t r = 0; r < count; r++) {
-            w->numbers[r] = (float)attn_flow_limit((double)k->dots[r] + f->eps * w->q.total[SHARED], f->clamp, &clipped);
+            w->numbers[r] = (float)attn_flow_limit((double)k->dots[SHARED * TILE + r] + f->eps * w->q.total[SHARED], f->clamp, &clipped);
             top = w->numbers[r] > top ? w->numbers[r] : top;
         }
         if (competition != NULL) {
@@ -233,14 +244,15 @@ static void collect(work *w, const float *v, float *competition)
         weigh_values(w, v + j * f->dv, w->numbers, count);
         advance(w, rows, count);
     }
-    double share = (double)f->m / sum;
-    w->tile->scale(w->state, f->d * w->vp, (float)share);
+    settle(w, k, SHARED);
+    double each = (double)f->m / sum;
+    w->tile->scale(w->state, f->d * w->vp, (float)each);
     for (int64_t j = 0; j < f->m && competition != NULL; j++) {
         competition[j] = (competition[j] - top) * 1.44269504f;
     }
     if (competition != NULL) {
         w->tile->exp2_row(competition, f->m, 0);
-        w->tile->scale(competition, f->m, (float)share);
+        w->tile->scale(competition, f->m, (float)each);
     }
 }
 
@@ -270,10 +282,8 @@ static void hand_out(work *w, float *o, float *allocation)
 
 static void normal_head(work *w, const float *v, float *o, float *competition, float *allocation)
 {
-    sum_plain(w, &w->k);
-    sum_plain(w, &w->q);
-    sum_shared(w, &w->q, &w->k, w->flow);
-    sum_shared(w, &w->k, &w->q, NULL);
+    sum_keys(w);
+    sum_queries(w);
     collect(w, v, competition);
     hand_out(w, o, allocation);
 }
