@@ -31,7 +31,7 @@ static void must(attn_status status)
 
 static float *numbers(int64_t count, double low, double high)
 {
-    float *x = malloc((size_t)count * sizeof *x);
+    float *x = attn_alloc_array((size_t)count, sizeof *x); /* as caches and activations of language models lie */
     attn_random random;
     attn_random_seed(&random, (uint64_t)count);
     if (x == NULL) {
@@ -65,7 +65,7 @@ static void drop(problem *p)
 {
     float *memory[] = {p->q, p->k, p->v, p->o, p->state, p->slope, p->decays};
     for (size_t i = 0; i < sizeof memory / sizeof *memory; i++) {
-        free(memory[i]);
+        attn_free(memory[i]);
     }
     attn_arena_destroy(p->arena);
 }

@@ -270,7 +270,7 @@ void attn_arena_release(attn_arena *arena, attn_arena_mark mark)
 }
 
 #define CACHE_LINE 64
-#define NEAR_BYTES 65536 /* more than this is asked for to the second-level cache only: it would push out what is worked on */
+#define NEAR_BYTES 16384 /* more than this is asked for to the second-level cache only: it would push out what is worked on */
 
 /* Without the empty statement GCC takes these functions for ones without effect, and drops each call of them that it can see through. */
 #define PREFETCH(name, level)                                                                                          \
