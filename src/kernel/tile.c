@@ -3,11 +3,10 @@
 #include "kernel/vec.h"
 
 /* Shape of the register tile: all accumulators, a row of B and a broadcast fit the registers. */
-#if V_REGISTERS == 32
 #define MR 6
+#if V_REGISTERS == 32
 #define NV 4
 #else
-#define MR 4
 #define NV 2
 #endif
 #define NR (NV * VW)
@@ -62,10 +61,8 @@ VINLINE void micro_rows(const int vectors, int rows, int64_t k, const float *a, 
                         const float *b, int64_t ldb, float *c, int64_t ldc, int last, int add)
 {
     switch (rows) {
-#if MR == 6
     case 6: micro(6, vectors, k, a, a_row, a_col, b, ldb, c, ldc, last, add); break;
     case 5: micro(5, vectors, k, a, a_row, a_col, b, ldb, c, ldc, last, add); break;
-#endif
     case 4: micro(4, vectors, k, a, a_row, a_col, b, ldb, c, ldc, last, add); break;
     case 3: micro(3, vectors, k, a, a_row, a_col, b, ldb, c, ldc, last, add); break;
     case 2: micro(2, vectors, k, a, a_row, a_col, b, ldb, c, ldc, last, add); break;
@@ -118,14 +115,14 @@ static void softmax(int64_t rows, float *s, int64_t lds, int64_t count, float *m
         vf sum0 = v_zero(), sum1 = v_zero();
         int64_t j = 0;
         for (; j + 2 * VW <= count; j += 2 * VW) {
-            vf p = v_exp2(v_sub(v_load(s + j), shift)), q = v_exp2(v_sub(v_load(s + j + VW), shift));
+            vf p = v_exp2_weight(v_sub(v_load(s + j), shift)), q = v_exp2_weight(v_sub(v_load(s + j + VW), shift));
             v_store(s + j, p);
             v_store(s + j + VW, q);
             sum0 = v_add(sum0, p);
             sum1 = v_add(sum1, q);
         }
         for (; j < count; j += VW) {
-            vf p = v_exp2(v_sub(v_load(s + j), shift));
+            vf p = v_exp2_weight(v_sub(v_load(s + j), shift));
             v_store(s + j, p);
             sum0 = v_add(sum0, p);
         }
@@ -138,11 +135,11 @@ static void exp2_row(float *s, int64_t count, float shift)
     vf by = v_set1(shift);
     int64_t j = 0;
     for (; j + VW <= count; j += VW) {
-        v_store(s + j, v_exp2(v_sub(v_load(s + j), by)));
+        v_store(s + j, v_exp2_weight(v_sub(v_load(s + j), by)));
     }
     if (j < count) {
         int rest = (int)(count - j);
-        v_store_n(s + j, v_exp2(v_sub(v_load_n(s + j, rest), by)), rest);
+        v_store_n(s + j, v_exp2_weight(v_sub(v_load_n(s + j, rest), by)), rest);
     }
 }
 

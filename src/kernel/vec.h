@@ -255,19 +255,36 @@ VINLINE vf v_exp(vf x)
 
 /* 2^x to about 1 ulp: degree-6 polynomial (relative error 2e-9) on the fraction. Below -149 the result is 0; NaN stays (the order of
  * the maximum's arguments matters for that). */
-VINLINE vf v_exp2(vf x)
+/* 2^r for |r| <= 1/2 */
+VINLINE vf v_exp2_rest(vf r)
 {
-    x = v_max(v_set1(-200.0f), x);
-    vf n = v_round(x);
-    vf r = v_sub(x, n);
     vf p = v_set1(0x1.41d333p-13f);
     p = v_fma(p, r, v_set1(0x1.5f456ap-10f));
     p = v_fma(p, r, v_set1(0x1.3b2dbcp-7f));
     p = v_fma(p, r, v_set1(0x1.c6aed4p-5f));
     p = v_fma(p, r, v_set1(0x1.ebfbdap-3f));
     p = v_fma(p, r, v_set1(0x1.62e430p-1f));
-    p = v_fma(p, r, v_set1(1.0f));
-    return v_scale2(p, n);
+    return v_fma(p, r, v_set1(1.0f));
+}
+
+VINLINE vf v_exp2(vf x)
+{
+    x = v_max(v_set1(-200.0f), x);
+    vf n = v_round(x);
+    return v_scale2(v_exp2_rest(v_sub(x, n)), n);
+}
+
+/* The same for weights of a softmax, x <= 127: what lies below the normal range may be 0. */
+VINLINE vf v_exp2_weight(vf x)
+{
+#if defined(ATTN_ISA_AVX2)
+    /* v_scale2 would take half of the time. A NaN stays one. */
+    vf n = v_round(x), p = v_exp2_rest(v_sub(x, n));
+    __m256i bits = _mm256_add_epi32(_mm256_castps_si256(p), _mm256_slli_epi32(_mm256_cvtps_epi32(n), 23));
+    return _mm256_and_ps(_mm256_castsi256_ps(bits), _mm256_cmp_ps(x, v_set1(-125.0f), _CMP_NLE_UQ));
+#else
+    return v_exp2(x);
+#endif
 }
 
 #endif
