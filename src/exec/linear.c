@@ -238,24 +238,31 @@ void attn_linear_copy(float *to, int64_t ld_to, const float *from, int64_t ld_fr
     }
 }
 
-/* What the chunk from token `first` on of a head reads and writes. */
-static attn_ahead next_chunk(const attn_linear_work *w, int64_t first, int shares, const float *q, const float *k, const float *v,
-                             const float *decays, const float *o)
+static void fetch(attn_ahead *ahead, const float *rows, int64_t first, int64_t count, int64_t width)
+{
+    if (rows != NULL) {
+        attn_ahead_add(ahead, rows + first * width, count * width);
+    }
+}
+
+void attn_linear_ahead(attn_linear_work *w, int64_t first, int shares, const attn_linear_rows *rows)
 {
     const attn_linattn *x = w->x;
-    attn_ahead next = {.shares = shares};
-    int64_t count = attn_min_i64(w->chunk, x->m - first), query = attn_max_i64(0, first - (x->m - x->n));
-    int64_t queries = x->causal ? first + count - (x->m - x->n) - query : 0;
-    attn_ahead_add(&next, k + first * x->d, count * x->d);
-    attn_ahead_add(&next, v + first * x->dv, count * x->dv);
-    attn_ahead_add(&next, q + query * x->d, queries * x->d);
-    attn_ahead_add(&next, o + query * x->dv, queries * x->dv);
-    attn_ahead_add(&next, decays + first * w->width, decays != NULL ? count * w->width : 0);
-    return next;
+    int64_t count = first >= 0 ? attn_min_i64(w->chunk, x->m - first) : 0, query = attn_max_i64(0, first - (x->m - x->n));
+    int64_t queries = x->causal && count > 0 ? first + count - (x->m - x->n) - query : 0;
+    w->ahead = (attn_ahead){.shares = shares};
+    fetch(&w->ahead, rows->k, first, count, x->d);
+    fetch(&w->ahead, rows->to_k, first, count, x->d);
+    fetch(&w->ahead, rows->v, first, count, x->dv);
+    fetch(&w->ahead, rows->to_v, first, count, x->dv);
+    fetch(&w->ahead, rows->q, query, queries, x->d);
+    fetch(&w->ahead, rows->to_q, query, queries, x->d);
+    fetch(&w->ahead, rows->g, query, queries, x->dv);
+    fetch(&w->ahead, rows->decays, first, count, w->width);
 }
 
 /* state = total * state + pk^T v, and the sums of features likewise */
-static void advance(attn_linear_work *w, attn_ahead *next)
+static void advance(attn_linear_work *w)
 {
     static const float one = 1;
     attn_linear_decay_state(w);
@@ -269,7 +276,7 @@ static void advance(attn_linear_work *w, attn_ahead *next)
     }
     for (int64_t f = 0; f < w->width; f += SLICE) {
         int64_t rows = attn_min_i64(SLICE, w->width - f);
-        attn_ahead_share(next);
+        attn_ahead_share(&w->ahead);
         w->tile->product(rows, w->x->dv, w->count, w->pk + f, 1, w->fp, w->v, w->vp, w->tile->nr, w->state + f * w->vp, w->vp, 1);
     }
 }
@@ -303,6 +310,7 @@ static void forward_head(attn_linear_work *w, int64_t b, int64_t h, int fresh, i
     const float *decays = x->decays != NULL ? x->decays + (b * x->heads + h) * x->m * w->width : NULL;
     int shares = (int)((x->causal ? 3 * attn_ceil_div(w->chunk, ATTN_LINEAR_STRIPE) : 0) + attn_ceil_div(w->width, SLICE));
     int64_t queries_before = (b * x->heads + h) * x->n;
+    const attn_linear_rows rows = {.q = q, .k = k, .v = v, .g = o, .decays = decays};
     w->in_place = 1;
     if (x->causal && x->n > x->m) {
         memset(o, 0, (size_t)((x->n - x->m) * x->dv) * sizeof(float));
@@ -312,7 +320,7 @@ static void forward_head(attn_linear_work *w, int64_t b, int64_t h, int fresh, i
     }
     for (int64_t first = 0; first < x->m; first += w->chunk) {
         int64_t count = attn_min_i64(w->chunk, x->m - first);
-        attn_ahead next = next_chunk(w, first + w->chunk, shares, q, k, v, decays, o);
+        attn_linear_ahead(w, first + w->chunk, shares, &rows);
         attn_linear_load(w, first, count, x->causal ? q : NULL, k, v, NULL);
         if (made != count || x->log_decay != NULL || x->decays != NULL) {
             attn_linear_decays(w, b, h, first);
@@ -338,12 +346,12 @@ static void forward_head(attn_linear_work *w, int64_t b, int64_t h, int fresh, i
             if (x->decays == NULL) {
                 attn_linear_weights_rows(w, r, 0);
             }
-            attn_ahead_share(&next);
+            attn_ahead_share(&w->ahead);
             w->tile->product(end - low, x->dv, end, w->s + low * w->mp, w->mp, 1, w->v, w->vp, w->tile->nr, to, x->dv, 0);
-            attn_ahead_share(&next);
+            attn_ahead_share(&w->ahead);
             if (read) {
                 w->tile->product(end - low, x->dv, w->width, w->pq + low * w->fp, w->fp, 1, w->state, w->vp, w->tile->nr, to, x->dv, 1);
-                attn_ahead_share(&next);
+                attn_ahead_share(&w->ahead);
             }
             for (int64_t i = low; i < end && x->sums != NULL; i++, query++, to += x->dv) {
                 float sum = w->kernel->sum(w->s + i * w->mp, end) + (read ? w->tile->dot(w->pq + i * w->fp, w->sums, w->width) : 0);
@@ -351,10 +359,10 @@ static void forward_head(attn_linear_work *w, int64_t b, int64_t h, int fresh, i
             }
         }
         if (write) {
-            advance(w, &next);
+            advance(w);
         }
-        while (next.share < shares) {
-            attn_ahead_share(&next);
+        while (w->ahead.share < shares) {
+            attn_ahead_share(&w->ahead);
         }
     }
     for (int64_t first = 0; first < x->n && !x->causal; first += w->chunk) {

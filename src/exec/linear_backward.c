@@ -9,7 +9,15 @@ typedef struct head {
     int64_t b, h;
     const float *q, *k, *v, *g;
     float *grad_q, *grad_k, *grad_v, *grad_state;
+    int added; /* grad_k and grad_v hold what other heads gave */
 } head;
+
+static void clear(float *x, int64_t count)
+{
+    if (x != NULL) {
+        memset(x, 0, (size_t)count * sizeof(float));
+    }
+}
 
 /* p: gradients of the chunk's pairs by q.k, or with decay by feature by what decays of phi(q).phi(k). */
 static void pair_gradients(attn_linear_work *w)
@@ -25,6 +33,7 @@ static void pair_gradients(attn_linear_work *w)
         int64_t end = attn_min_i64(w->count, r + ATTN_LINEAR_STRIPE);
         float stripe[ATTN_LINEAR_STRIPE * 256];
         w->tile->product(end - r, end, x->dv, w->g + r * w->vp, w->vp, 1, w->vt, w->mp, w->tile->nr, stripe, 256, 0);
+        attn_ahead_share(&w->ahead);
         for (int64_t i = r; i < end; i++) {
             float *p = w->p + i * w->mp;
             w->kernel->multiply(p, p, stripe + (i - r) * 256, end);
@@ -63,6 +72,7 @@ static void query_gradients(attn_linear_work *w, const head *x, int64_t first)
 {
     const attn_linattn *s = w->x;
     float *to = x->grad_q + (first - (s->causal ? s->m - s->n : 0)) * s->d;
+    clear(to + w->low * s->d, (w->count - w->low) * s->d);
     if (s->causal) {
         pair_gradients(w);
     }
@@ -70,6 +80,7 @@ static void query_gradients(attn_linear_work *w, const head *x, int64_t first)
         for (int64_t r = 0; r < w->count; r += ATTN_LINEAR_STRIPE) {
             int64_t end = attn_min_i64(w->count, r + ATTN_LINEAR_STRIPE);
             w->tile->product(end - r, s->d, end, w->p + r * w->mp, w->mp, 1, w->k, w->ldk, w->tile->nr, w->o + r * w->dp, w->dp, 0);
+            attn_ahead_share(&w->ahead);
         }
         add_rows(to, w->o, w->dp, s->d, w->low, w->count);
     }
@@ -90,11 +101,16 @@ static void prepare(attn_linear_work *w, const head *x, int64_t first, int64_t c
     }
 }
 
+/* Stripes of a chunk. */
+static int stripes(const attn_linear_work *w) { return (int)attn_ceil_div(w->chunk, ATTN_LINEAR_STRIPE); }
+
 static void forward_sweep(attn_linear_work *w, const head *x, const float *state_in)
 {
     const attn_linattn *s = w->x;
+    const attn_linear_rows rows = {.q = x->q, .to_q = x->grad_q, .k = x->k, .v = x->v, .g = x->g};
     int64_t made = 0;
     memset(w->turned, 0, (size_t)(s->dv * w->fp) * sizeof(float));
+    clear(x->grad_q, s->causal ? attn_max_i64(0, s->n - s->m) * s->d : 0); /* queries before the keys */
     for (int64_t f = 0; f < w->width && state_in != NULL; f++) {
         for (int64_t c = 0; c < s->dv; c++) {
             w->turned[c * w->fp + f] = state_in[f * s->dv + c];
@@ -102,6 +118,7 @@ static void forward_sweep(attn_linear_work *w, const head *x, const float *state
     }
     for (int64_t first = 0; first < s->m; first += w->chunk) {
         int64_t count = attn_min_i64(w->chunk, s->m - first);
+        attn_linear_ahead(w, first + w->chunk, 2 * stripes(w), &rows);
         attn_linear_load(w, first, count, s->causal ? x->q : NULL, x->k, x->v, s->causal ? x->g : NULL);
         prepare(w, x, first, count, &made);
         attn_linear_features(w, s->decays != NULL, 1);
@@ -138,6 +155,8 @@ static void key_gradients(attn_linear_work *w, const head *x, int64_t first)
 {
     const attn_linattn *s = w->x;
     float *to_k = x->grad_k + first * s->d, *to_v = x->grad_v + first * s->dv;
+    clear(to_k, x->added ? 0 : w->count * s->d);
+    clear(to_v, x->added ? 0 : w->count * s->dv);
     attn_linear_features(w, s->decays != NULL, 1);
     if (s->decays != NULL) {
         w->kernel->faded_scores(w->count, w->width, w->pq, w->pk, w->fp, w->decays, w->width, w->s, w->mp);
@@ -149,12 +168,14 @@ static void key_gradients(attn_linear_work *w, const head *x, int64_t first)
         int64_t columns = attn_min_i64(ATTN_LINEAR_STRIPE, w->count - r);
         w->tile->product(columns, s->dv, w->count - r, w->s + r * w->mp + r, 1, w->mp, w->g + r * w->vp, w->vp, w->tile->nr,
                          w->o + r * w->vp, w->vp, 1);
+        attn_ahead_share(&w->ahead);
     }
     add_rows(to_v, w->o, w->vp, s->dv, 0, w->count);
     for (int64_t r = 0; r < w->count && s->causal && s->decays == NULL; r += ATTN_LINEAR_STRIPE) {
         int64_t columns = attn_min_i64(ATTN_LINEAR_STRIPE, w->count - r);
         w->tile->product(columns, s->d, w->count - r, w->p + r * w->mp + r, 1, w->mp, w->q + r * w->ldq, w->ldq, w->tile->nr,
                          w->o + r * w->dp, w->dp, 0);
+        attn_ahead_share(&w->ahead);
     }
     if (s->causal && s->decays == NULL) {
         add_rows(to_k, w->o, w->dp, s->d, 0, w->count);
@@ -174,6 +195,7 @@ static void key_gradients(attn_linear_work *w, const head *x, int64_t first)
 static void backward_sweep(attn_linear_work *w, const head *x)
 {
     const attn_linattn *s = w->x;
+    const attn_linear_rows rows = {.q = x->q, .k = x->k, .to_k = x->grad_k, .v = x->v, .to_v = x->grad_v, .g = x->g};
     int64_t made = 0, chunks = attn_ceil_div(s->m, w->chunk);
     memset(w->state, 0, (size_t)(w->width * w->vp) * sizeof(float));
     for (int64_t first = 0; first < s->n && !s->causal; first += w->chunk) {
@@ -184,6 +206,7 @@ static void backward_sweep(attn_linear_work *w, const head *x)
     }
     for (int64_t i = chunks - 1; i >= 0; i--) {
         int64_t first = i * w->chunk, count = attn_min_i64(w->chunk, s->m - first);
+        attn_linear_ahead(w, first - w->chunk, 3 * stripes(w), &rows);
         attn_linear_load(w, first, count, s->causal ? x->q : NULL, x->k, x->v, s->causal ? x->g : NULL);
         prepare(w, x, first, count, &made);
         if (s->causal) {
@@ -200,13 +223,6 @@ static void backward_sweep(attn_linear_work *w, const head *x)
     }
     for (int64_t f = 0; f < w->width && x->grad_state != NULL; f++) {
         memcpy(x->grad_state + f * s->dv, w->state + f * w->vp, (size_t)s->dv * sizeof(float));
-    }
-}
-
-static void clear(float *x, int64_t count)
-{
-    if (x != NULL) {
-        memset(x, 0, (size_t)count * sizeof(float));
     }
 }
 
@@ -291,9 +307,11 @@ attn_status attn_linattn_backward(const attn_linattn *shape, attn_arena *arena, 
     if (by_pairs) {
         memset(memory, 0, (size_t)threads * each * sizeof(float)); /* what pads rows is read */
     }
-    clear(grad_q, x.batch * x.heads * x.n * x.d);
-    clear(to_k, keys * x.d);
-    clear(to_v, keys * x.dv);
+    if (by_pairs || group == 0) {
+        clear(grad_q, x.batch * x.heads * x.n * x.d);
+        clear(to_k, keys * x.d);
+        clear(to_v, keys * x.dv);
+    }
 #pragma omp parallel for num_threads(threads) schedule(dynamic)
     for (int64_t kv = 0; kv < x.batch * x.kv_heads; kv++) {
         for (int64_t j = 0; j < group; j++) {
@@ -302,7 +320,7 @@ attn_status attn_linattn_backward(const attn_linattn *shape, attn_arena *arena, 
             head one = {.b = b, .h = h, .q = q + i * x.n * x.d, .k = k + kv * x.m * x.d, .v = v + kv * x.m * x.dv,
                         .g = grad_o + i * x.n * x.dv, .grad_q = grad_q != NULL ? grad_q + i * x.n * x.d : NULL,
                         .grad_k = to_k + kv * x.m * x.d, .grad_v = to_v + kv * x.m * x.dv,
-                        .grad_state = grad_state};
+                        .grad_state = grad_state, .added = j > 0};
             if (by_pairs) {
                 pair_work pairs = pair_work_of(&x, own);
                 pair_head(&x, &pairs, &one);

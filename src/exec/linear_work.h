@@ -9,6 +9,12 @@
 
 #define ATTN_LINEAR_STRIPE 6 /* rows of a chunk that share their last visible column; the next chunk is asked for between stripes */
 
+/* What a sweep reads and writes of a head; each may be NULL. */
+typedef struct attn_linear_rows {
+    const float *q, *to_q, *k, *to_k;   /* rows of d */
+    const float *g, *v, *to_v, *decays; /* rows of dv (g: by query), and of the features */
+} attn_linear_rows;
+
 typedef struct attn_linear_work {
     const attn_linattn *x;
     const attn_tile_kernels *tile;
@@ -35,6 +41,7 @@ typedef struct attn_linear_work {
     float *state, *turned;      /* [width][vp], [dv][fp] */
     float *o;                   /* [chunk][max(vp, fp)] */
     float *back;                /* [chunk][fp] */
+    attn_ahead ahead;           /* the rows of the next chunk */
 } attn_linear_work;
 
 /* The form by pairs: keys of a block, and rows of queries that go through it together. */
@@ -53,6 +60,9 @@ void attn_linear_copy(float *to, int64_t ld_to, const float *from, int64_t ld_fr
  * visible; slope, unless NULL, their derivatives by the raw product q.k. q: rows of ldq; kt: keys transposed, columns padded. */
 void attn_linear_pair_weights(const attn_linattn *x, int64_t first, int64_t rows, int64_t key, int64_t count, const float *q,
                               int64_t ldq, const float *kt, float *s, float *slope);
+
+/* Set `ahead` to the chunk from token `first` on; nothing when there is none. */
+void attn_linear_ahead(attn_linear_work *w, int64_t first, int shares, const attn_linear_rows *rows);
 
 size_t attn_linear_work_floats(const attn_linattn *x);
 void attn_linear_work_init(attn_linear_work *w, const attn_linattn *x, float *memory);
