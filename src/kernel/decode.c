@@ -381,19 +381,27 @@ VINLINE void scores_either(const int rows, float *s, int64_t lds, const float *q
     scores_rows(rows, 0, s, lds, q, ldq * 4, NULL, listed, k, dtype, keys, d);
 }
 
-VINLINE void scores_any(float *s, int64_t lds, const float *q, int64_t ldq, int64_t rows, const int listed, const row_source from,
+/* `body` for query rows done ... done + few - 1, with `few` a constant in it. */
+#define FEW_ROWS(label, number, body) \
+    label: {                          \
+        const int few = number;       \
+        body;                         \
+        break;                        \
+    }
+#define BY_ROWS(rows, body)                          \
+    for (int64_t done = 0; done < rows; done += 4) { \
+        switch (rows - done) {                       \
+            FEW_ROWS(case 1, 1, body)                \
+            FEW_ROWS(case 2, 2, body)                \
+            FEW_ROWS(case 3, 3, body)                \
+            FEW_ROWS(default, 4, body)               \
+        }                                            \
+    }
+
+VINLINE void scores_any(float *s, int64_t lds, const float *q, int64_t ldq, int64_t rows, const int listed, const row_source k,
                         const attn_dtype dtype, int64_t keys, int64_t d)
 {
-    const row_source *k = &from;
-    for (; rows >= 4; rows -= 4, s += 4 * lds, q += 4 * ldq) {
-        scores_either(4, s, lds, q, ldq, listed, k, dtype, keys, d);
-    }
-    switch (rows) {
-    case 3: scores_either(3, s, lds, q, ldq, listed, k, dtype, keys, d); break;
-    case 2: scores_either(2, s, lds, q, ldq, listed, k, dtype, keys, d); break;
-    case 1: scores_either(1, s, lds, q, ldq, listed, k, dtype, keys, d); break;
-    default: break;
-    }
+    BY_ROWS(rows, scores_either(few, s + done * lds, lds, q + done * ldq, ldq, listed, &k, dtype, keys, d))
 }
 
 static void scores(float *s, int64_t lds, const float *q, int64_t ldq, int64_t rows, const void *k, attn_dtype dtype_, int64_t stride,
@@ -490,19 +498,10 @@ VINLINE void values_rows(const int rows, float *o, int64_t ldo, const float *p, 
     }
 }
 
-VINLINE void values_any(float *o, int64_t ldo, const float *p, int64_t ldp, int64_t rows, const int listed, const row_source from,
+VINLINE void values_any(float *o, int64_t ldo, const float *p, int64_t ldp, int64_t rows, const int listed, const row_source v,
                         const attn_dtype dtype, int64_t keys, int64_t dv)
 {
-    const row_source *v = &from;
-    for (; rows >= 4; rows -= 4, o += 4 * ldo, p += 4 * ldp) {
-        values_rows(4, o, ldo, p, ldp, listed, v, dtype, keys, dv);
-    }
-    switch (rows) {
-    case 3: values_rows(3, o, ldo, p, ldp, listed, v, dtype, keys, dv); break;
-    case 2: values_rows(2, o, ldo, p, ldp, listed, v, dtype, keys, dv); break;
-    case 1: values_rows(1, o, ldo, p, ldp, listed, v, dtype, keys, dv); break;
-    default: break;
-    }
+    BY_ROWS(rows, values_rows(few, o + done * ldo, ldo, p + done * ldp, ldp, listed, &v, dtype, keys, dv))
 }
 
 static void values(float *o, int64_t ldo, const float *p, int64_t ldp, int64_t rows, const void *v, attn_dtype dtype_, int64_t stride,
