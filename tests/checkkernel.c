@@ -131,6 +131,38 @@ static void check_product(const attn_tile_kernels *k, const attn_tile_kernels *s
     }
 }
 
+/* B in rows of blocks, and in runs of rows, against plain sums. */
+static void check_spread_products(const attn_tile_kernels *k)
+{
+    int64_t m = draw(1, 20), vectors = draw(1, 9), depth = draw(1, 40), vw = k->vw, runs = draw(1, 5), add = draw(0, 1), n = vectors * vw;
+    int64_t step = depth * vw + draw(0, 30), apart = vw + draw(0, 20), ldc = vectors * apart, run = draw(1, 9), ldb = n + draw(0, 9);
+    int64_t b_run = run * ldb + draw(0, 30), deep = runs * run;
+    float *a = floats(m * (depth + deep), 1), *b = floats(vectors * step + runs * b_run, 1), *c = floats(m * ldc, 1), *d = copy(c, m * ldc);
+    k->product_apart(m, vectors, depth, a, depth, b, vw, step, c, ldc, apart);
+    for (int64_t j = 0; j < vectors; j++) {
+        for (int64_t e = 0; e < vw; e++) { /* a column at a time, as vectors are of other widths */
+            for (int64_t i = 0; i < m; i++) {
+                double sum = 0;
+                for (int64_t l = 0; l < depth; l++) {
+                    sum += (double)a[i * depth + l] * (double)b[j * step + l * vw + e];
+                }
+                d[i * ldc + j * apart + e] = (float)sum;
+            }
+        }
+    }
+    same("product_apart", c, d, m * ldc, 1e-5);
+    float *o = floats(m * n, 1), *p = copy(o, m * n);
+    k->product_runs(m, n, runs, run, a, deep, b, ldb, b_run, o, n, (int)add);
+    for (int64_t i = 0; i < m * n; i++) {
+        double sum = add ? (double)p[i] : 0;
+        for (int64_t l = 0; l < deep; l++) {
+            sum += (double)a[i / n * deep + l] * (double)b[l / run * b_run + l % run * ldb + i % n];
+        }
+        p[i] = (float)sum;
+    }
+    same("product_runs", o, p, m * n, 1e-5);
+}
+
 static void check_softmax(const attn_tile_kernels *k, const attn_tile_kernels *s, int big)
 {
     int64_t rows = big ? 6 : draw(1, 6), count = big ? 256 : 16 * draw(1, 9), lds = count + 16;
@@ -247,6 +279,7 @@ static void check_tile(void)
     const attn_tile_kernels *k = attn_tile_kernels_at(level), *s = attn_tile_kernels_at(ATTN_ISA_LEVEL_SCALAR);
     for (int i = 0; i < 150; i++) {
         check_product(k, s, 0);
+        check_spread_products(k);
         check_softmax(k, s, 0);
         check_rows_of_tiles(k, s);
         release();

@@ -41,9 +41,29 @@ static void make(example *e)
                      .extra = draw(0, 1) * draw(1, 70), .scale = 0.4};
     g->heads = g->kv_heads * draw(1, 3);
     e->n = e->m = e->bias_count = 1;
+    /* Small sliding windows along the last axis, without what keeps queries of neighbouring columns from taking their own columns. */
+    int sliding = draw(0, 2) == 0;
+    if (sliding) {
+        g->rank = (int)draw(2, 3);
+        g->dv = 16 * draw(1, 5);
+        g->extra = 0;
+    }
     for (int i = 0; i < g->rank; i++) {
         attn_grid_axis *a = &g->axis[i];
         int64_t most = g->rank == 1 ? 40 : g->rank == 2 ? 12 : 6;
+        if (sliding && i == g->rank - 1) {
+            int64_t size = draw(16, 40), window = draw(1, 14);
+            *a = (attn_grid_axis){.n = size, .m = size, .dilation = 1, .start = e->start[i], .end = e->end[i], .reach = window};
+            for (int64_t x = 0; x < size; x++) {
+                int64_t at = x - window / 2;
+                e->start[i][x] = at < 0 ? 0 : at > size - window ? size - window : at;
+                e->end[i][x] = e->start[i][x] + window;
+            }
+            e->n *= size;
+            e->m *= size;
+            e->bias_count *= 2 * window - 1;
+            continue;
+        }
         *a = (attn_grid_axis){.n = draw(1, most), .m = draw(1, most), .dilation = draw(1, 3), .start = e->start[i], .end = e->end[i]};
         a->first = draw(-3, 3);
         a->reach = 1;
@@ -64,7 +84,7 @@ static void make(example *e)
     g->k = e->k = floats(g->batch * g->kv_heads * e->m * g->d);
     g->v = e->v = floats(g->batch * g->kv_heads * e->m * g->dv);
     e->bias = floats(g->heads * e->bias_count);
-    g->bias = draw(0, 1) ? e->bias : NULL;
+    g->bias = !sliding && draw(0, 1) ? e->bias : NULL;
     g->extra_k = e->extra_k = floats(g->batch * g->kv_heads * g->extra * g->d);
     g->extra_v = e->extra_v = floats(g->batch * g->kv_heads * g->extra * g->dv);
     e->grad_o = floats(g->batch * g->heads * e->n * g->dv);

@@ -343,7 +343,7 @@ static attn_status run(backward *b, const attn_grid *g, attn_arena *arena, int t
         return ATTN_OK;
     }
     attn_arena_mark mark = attn_arena_get_mark(arena);
-    ATTN_TRY(attn_grid_work_create(w, g, UNIT, UNIT, arena));
+    ATTN_TRY(attn_grid_work_create(w, g, UNIT, UNIT, 0, arena));
     b->shares = attn_max_i64(1, attn_min_i64(w->task_count, attn_ceil_div(ENOUGH_TASKS, w->pairs)));
     ATTN_TRY(sums_create(b, arena));
     int64_t parts = w->pairs * b->shares;

@@ -8,6 +8,8 @@ enum { Z, Y, X };
 /* A key costs about as much to pack as this many products with a query. */
 #define PACK_COST 10.0
 #define ENOUGH_TASKS 16
+#define ROW_COST 5.0   /* the same for keys that are transposed where they lie, and values that are not copied */
+#define MOST_APART 16  /* queries across such a tile: wider ones copy less, but their keys leave the cache, and strips become uneven */
 #define UNIT_COST 0.25 /* of a unit of queries besides its products, in queries */
 
 /* ---- Axes ---- */
@@ -94,7 +96,22 @@ static double tile_cost(const grid_work *w, int64_t unit, int64_t tile_y, int64_
     return queries > 0 ? sum / (double)queries : 0;
 }
 
-static void choose_tile(grid_work *w, int64_t least_unit, int64_t most_unit)
+/* Columns of the box, in whole vectors, that any `unit` neighbouring x see together; 0 when they cannot be told apart. */
+static int64_t unit_columns(const grid_work *w, int64_t unit)
+{
+    const attn_grid_axis *a = &w->axis[X].a;
+    int64_t from, to, most = 1, vw = w->kernels->vw;
+    query_places(a, 0, &from, &to);
+    for (int64_t p = from; p < to; p++) {
+        int64_t seen[2];
+        seen_places(a, 0, p, attn_min_i64(to, p + unit), seen);
+        most = attn_max_i64(most, seen[1] - seen[0]);
+    }
+    most = attn_ceil_div(most, vw) * vw;
+    return most <= attn_min_i64(a->m, GRID_STEP) ? most : 0;
+}
+
+static void choose_tile(grid_work *w, int64_t least_unit, int64_t most_unit, int narrow)
 {
     int64_t from, to, y_from, y_to;
     query_places(&w->axis[X].a, 0, &from, &to);
@@ -104,20 +121,24 @@ static void choose_tile(grid_work *w, int64_t least_unit, int64_t most_unit)
     double packs = attn_max_i64(y_to - y_from, 1) > 1 ? 2 : all_y * z; /* keys of a column packed per query of it */
     w->unit = most_unit;
     w->tile_x = w->tile_y = 1;
+    w->columns = 0;
     for (int64_t x = 1; x <= attn_min_i64(48, attn_max_i64(1, to - from)); x++) {
         double width = mean_extent(&w->axis[X].a, x), pack = PACK_COST * packs * width / (double)x;
         int64_t most = attn_max_i64(1, GRID_ROWS / x), least = attn_max_i64(1, GRID_ROWS / 2 / x);
-        if (own_y * width * z + pack >= best) {
-            continue; /* even queries alone would cost more */
-        }
-        for (int64_t y = least; y <= most; y++) {
-            for (int64_t unit = most_unit; unit >= least_unit; unit -= 2) {
-                double cost = tile_cost(w, unit, y, x, width, z) + pack;
-                if (cost < best * 0.999) {
-                    best = cost;
-                    w->unit = unit;
-                    w->tile_y = y;
-                    w->tile_x = x;
+        for (int64_t unit = most_unit; unit >= least_unit; unit -= 2) {
+            int64_t columns = narrow && x % unit == 0 && x <= MOST_APART ? unit_columns(w, unit) : 0;
+            for (int apart = 0; apart <= (columns > 0); apart++) {
+                double across = apart ? (double)columns : width, copies = apart ? pack * ROW_COST / PACK_COST : pack;
+                /* Unless even queries alone cost more. */
+                for (int64_t y = least; y <= most && own_y * across * z + copies < best; y++) {
+                    double cost = tile_cost(w, unit, y, x, across, z) + copies;
+                    if (cost < best * 0.999) {
+                        best = cost;
+                        w->unit = unit;
+                        w->tile_y = y;
+                        w->tile_x = x;
+                        w->columns = apart ? columns : 0;
+                    }
                 }
             }
         }
@@ -165,6 +186,10 @@ static void add_tasks(grid_work *w, const int64_t group[3], int axis, int64_t ch
                     t->query[i][1] = i == X ? attn_min_i64(x + w->tile_x, to[X]) : i == axis ? attn_min_i64(c + chunk, to[i]) : to[i];
                     seen_places(&w->axis[i].a, group[i], t->query[i][0], t->query[i][1], t->key[i]);
                 }
+                if (w->columns > 0) { /* boxes hold a unit's columns */
+                    t->key[X][0] = attn_min_i64(t->key[X][0], attn_max_i64(0, t->key[X][1] - w->columns));
+                    t->key[X][1] = attn_max_i64(t->key[X][1], t->key[X][0] + w->columns);
+                }
                 w->box_keys = attn_max_i64(w->box_keys, grid_extra_first(w, t));
                 w->box_width = attn_max_i64(w->box_width, grid_task_extent(t, X));
             }
@@ -173,7 +198,7 @@ static void add_tasks(grid_work *w, const int64_t group[3], int axis, int64_t ch
     }
 }
 
-attn_status attn_grid_work_create(grid_work *w, const attn_grid *grid, int64_t least_unit, int64_t most_unit, attn_arena *arena)
+attn_status attn_grid_work_create(grid_work *w, const attn_grid *grid, int64_t least_unit, int64_t most_unit, int narrow, attn_arena *arena)
 {
     const attn_tile_kernels *kernels = attn_tile_kernels_get();
     int64_t vw = kernels->vw, nr = kernels->nr;
@@ -181,7 +206,7 @@ attn_status attn_grid_work_create(grid_work *w, const attn_grid *grid, int64_t l
                      .dv_pad = attn_ceil_div(grid->dv, vw) * vw, .group = grid->heads / grid->kv_heads,
                      .pairs = grid->batch * grid->kv_heads};
     place_axes(w);
-    choose_tile(w, least_unit, most_unit);
+    choose_tile(w, least_unit, most_unit, narrow && w->axis[X].a.dilation == 1 && grid->rank > 1);
     int axis = w->axis[Z].a.n > 1 ? Z : Y;
     int64_t chunk = choose_chunk(w, axis);
     for (int pass = 0; pass < 2; pass++) {
@@ -269,6 +294,23 @@ void attn_grid_pack(const grid_work *w, const grid_task *t, grid_packing *packin
     }
 }
 
+void attn_grid_pack_rows(const grid_work *w, const grid_task *t, int64_t *row, int64_t to, int64_t pair, const float *from, int64_t width,
+                         float *panels)
+{
+    int64_t across = grid_task_extent(t, X);
+    for (; *row < to; ++*row) {
+        w->kernels->pack_transposed(panels + *row * across * width, across, from + (pair * w->m + attn_grid_key_token(w, t, *row * across)) * width,
+                                    ATTN_F32, width, across, width);
+    }
+}
+
+int64_t attn_grid_column(const grid_work *w, const grid_task *t, int64_t x)
+{
+    int64_t first = x - (x - t->query[X][0]) % w->unit, seen[2];
+    seen_places(&w->axis[X].a, t->group[X], first, attn_min_i64(first + w->unit, t->query[X][1]), seen);
+    return attn_max_i64(0, attn_min_i64(seen[0] - t->key[X][0], grid_task_extent(t, X) - w->columns));
+}
+
 void attn_grid_pack_extra(const grid_work *w, const grid_task *t, int64_t pair, const float *extra, int64_t width, int64_t pad,
                           float *rows, float *panels, float *scratch)
 {
@@ -336,7 +378,7 @@ void attn_grid_walk_begin(grid_walk *walk, const grid_task *t, grid_union tile)
 
 int64_t attn_grid_walk_next(grid_walk *walk, const grid_work *w, const grid_task *t, int64_t step, grid_piece *pieces)
 {
-    int64_t vw = w->kernels->vw, width = grid_task_extent(t, X), height = grid_task_extent(t, Y), room = step, count = 0;
+    int64_t vw = w->columns > 0 ? 1 : w->kernels->vw, width = grid_task_extent(t, X), height = grid_task_extent(t, Y), room = step, count = 0;
     int64_t extra = grid_extra_first(w, t);
     if (walk->z >= walk->tile.end[0] && walk->z >= 0) {
         walk->z = -1;
@@ -364,18 +406,20 @@ int64_t attn_grid_walk_next(grid_walk *walk, const grid_work *w, const grid_task
         walk->z++;
         walk->at = (walk->z * height + walk->tile.start[1]) * width;
     }
-    return count;
+    /* Queries that see none of the grid's keys still see the extra ones. */
+    return count == 0 && walk->z >= 0 && walk->z >= walk->tile.end[0] ? attn_grid_walk_next(walk, w, t, step, pieces) : count;
 }
 
 /* ---- Masks ---- */
 
 int attn_grid_bounds(const grid_work *w, const grid_task *t, int64_t length, float *bounds)
 {
-    const attn_grid_axis *a = &w->axis[X].a;
-    int64_t width = grid_task_extent(t, X);
+    const grid_axis *x = &w->axis[X];
+    int64_t width = w->columns > 0 ? w->columns : grid_task_extent(t, X);
     int hidden = 0;
     for (int64_t p = t->query[X][0]; p < t->query[X][1]; p++, bounds += length) {
-        int64_t i = query_number(a, t->group[X], p), start = a->start[i] - t->key[X][0], end = a->end[i] - t->key[X][0];
+        int64_t i = query_number(&x->a, t->group[X], p), first = t->key[X][0] + (w->columns > 0 ? attn_grid_column(w, t, p) : 0);
+        int64_t start = x->a.start[i] - first, end = x->a.end[i] - first;
         hidden |= start > 0 || end < width;
         for (int64_t j = 0; j < attn_min_i64(width, length); j++) {
             bounds[j] = j >= start && j < end ? INFINITY : -INFINITY;

@@ -30,6 +30,7 @@ typedef struct grid_work {
     int64_t d_pad, dv_pad, group, pairs;
     int64_t unit;           /* queries that take the same keys */
     int64_t tile_y, tile_x; /* extents of a tile of queries */
+    int64_t columns; /* that a unit takes of each row of the box, in whole vectors; 0: rows whole */
     grid_task *tasks;
     int64_t task_count;
     int64_t box_keys;  /* the most keys of a task, extra ones included, in whole panels */
@@ -53,8 +54,9 @@ typedef struct grid_union {
     int alike;
 } grid_union;
 
-/* The unit is chosen between the two, every second size. */
-attn_status attn_grid_work_create(grid_work *w, const attn_grid *grid, int64_t least_unit, int64_t most_unit, attn_arena *arena);
+/* The unit is chosen between the two, every second size. Small windows are cheaper when units, then of neighbouring x, take some columns of
+ * wide boxes; narrow: that is allowed. */
+attn_status attn_grid_work_create(grid_work *w, const attn_grid *grid, int64_t least_unit, int64_t most_unit, int narrow, attn_arena *arena);
 
 static inline int64_t grid_task_extent(const grid_task *t, int axis) { return t->key[axis][1] - t->key[axis][0]; }
 /* Keys of the box, and where extra ones begin. */
@@ -76,6 +78,11 @@ typedef struct grid_packing {
  * transposed in panels of nr keys into `panels`; either may be NULL. scratch: [nr][width]. */
 void attn_grid_pack(const grid_work *w, const grid_task *t, grid_packing *packing, int64_t to, int64_t pair, const float *from,
                     int64_t width, int64_t pad, float *rows, float *panels, float *scratch);
+/* Rows [*row, to) of the box, each transposed by itself: panels [rows][width][keys of a row]. */
+void attn_grid_pack_rows(const grid_work *w, const grid_task *t, int64_t *row, int64_t to, int64_t pair, const float *from, int64_t width,
+                         float *panels);
+/* The first of the columns that the unit of query x (a place) takes. */
+int64_t attn_grid_column(const grid_work *w, const grid_task *t, int64_t x);
 /* The same for extra keys, at once. */
 void attn_grid_pack_extra(const grid_work *w, const grid_task *t, int64_t pair, const float *extra, int64_t width, int64_t pad,
                           float *rows, float *panels, float *scratch);
@@ -121,7 +128,7 @@ static inline void grid_part(const grid_task *t, const grid_union *u, const grid
 void attn_grid_mask(const grid_work *w, const grid_task *t, const grid_row *row, const grid_piece *piece, int64_t first, int64_t count,
                     int64_t from, int64_t to, const float *bounds, int alike, float *s);
 
-/* For each x of a strip: +inf for keys of a row of the box that it sees, -inf for others, repeated. Returns whether any is hidden. Each
+/* For each x of a strip: +inf for keys of a row of the box (or of its unit's columns) that it sees, -inf for others, repeated. Returns whether any is hidden. Each
  * of the tile_x tables holds grid_bounds_length() numbers. */
 static inline int64_t grid_bounds_length(const grid_work *w, int64_t step) { return w->box_width + step + w->kernels->nr; }
 int attn_grid_bounds(const grid_work *w, const grid_task *t, int64_t length, float *bounds);

@@ -13,9 +13,15 @@
 
 /* ---- Products ---- */
 
+/* How rows of B and C lie: vectors b_step and c_step apart; after `run` rows of B (0: never) `skip` more numbers are left out. */
+typedef struct spread {
+    int64_t b_step, c_step, run, skip;
+} spread;
+
 VINLINE void micro(const int rows, const int vectors, int64_t k, const float *a, int64_t a_row, int64_t a_col,
-                   const float *b, int64_t ldb, float *c, int64_t ldc, int last, int add)
+                   const float *b, int64_t ldb, float *c, int64_t ldc, int last, int add, const spread y)
 {
+    int64_t left = y.run;
     vf acc[MR][NV];
 #pragma GCC unroll 6
     for (int i = 0; i < rows; i++) {
@@ -28,7 +34,7 @@ VINLINE void micro(const int rows, const int vectors, int64_t k, const float *a,
         vf row[NV];
 #pragma GCC unroll 4
         for (int j = 0; j < vectors; j++) {
-            row[j] = v_load(b + j * VW);
+            row[j] = v_load(b + j * y.b_step);
         }
 #pragma GCC unroll 6
         for (int i = 0; i < rows; i++) {
@@ -40,12 +46,16 @@ VINLINE void micro(const int rows, const int vectors, int64_t k, const float *a,
         }
         a += a_col;
         b += ldb;
+        if (y.run > 0 && --left == 0) {
+            b += y.skip;
+            left = y.run;
+        }
     }
 #pragma GCC unroll 6
     for (int i = 0; i < rows; i++) {
 #pragma GCC unroll 4
         for (int j = 0; j < vectors; j++) {
-            float *to = c + i * ldc + j * VW;
+            float *to = c + i * ldc + j * y.c_step;
             int lanes = j == vectors - 1 ? last : VW;
             if (lanes == VW) {
                 v_store(to, add ? v_add(v_load(to), acc[i][j]) : acc[i][j]);
@@ -58,15 +68,28 @@ VINLINE void micro(const int rows, const int vectors, int64_t k, const float *a,
 
 /* The number of rows and vectors as constants, so that the tile stays in registers. */
 VINLINE void micro_rows(const int vectors, int rows, int64_t k, const float *a, int64_t a_row, int64_t a_col,
-                        const float *b, int64_t ldb, float *c, int64_t ldc, int last, int add)
+                        const float *b, int64_t ldb, float *c, int64_t ldc, int last, int add, const spread y)
 {
     switch (rows) {
-    case 6: micro(6, vectors, k, a, a_row, a_col, b, ldb, c, ldc, last, add); break;
-    case 5: micro(5, vectors, k, a, a_row, a_col, b, ldb, c, ldc, last, add); break;
-    case 4: micro(4, vectors, k, a, a_row, a_col, b, ldb, c, ldc, last, add); break;
-    case 3: micro(3, vectors, k, a, a_row, a_col, b, ldb, c, ldc, last, add); break;
-    case 2: micro(2, vectors, k, a, a_row, a_col, b, ldb, c, ldc, last, add); break;
-    default: micro(1, vectors, k, a, a_row, a_col, b, ldb, c, ldc, last, add); break;
+    case 6: micro(6, vectors, k, a, a_row, a_col, b, ldb, c, ldc, last, add, y); break;
+    case 5: micro(5, vectors, k, a, a_row, a_col, b, ldb, c, ldc, last, add, y); break;
+    case 4: micro(4, vectors, k, a, a_row, a_col, b, ldb, c, ldc, last, add, y); break;
+    case 3: micro(3, vectors, k, a, a_row, a_col, b, ldb, c, ldc, last, add, y); break;
+    case 2: micro(2, vectors, k, a, a_row, a_col, b, ldb, c, ldc, last, add, y); break;
+    default: micro(1, vectors, k, a, a_row, a_col, b, ldb, c, ldc, last, add, y); break;
+    }
+}
+
+VINLINE void micro_tile(int vectors, int rows, int64_t k, const float *a, int64_t a_row, int64_t a_col, const float *b, int64_t ldb,
+                        float *c, int64_t ldc, int last, int add, const spread y)
+{
+    switch (vectors) {
+#if NV == 4
+    case 4: micro_rows(4, rows, k, a, a_row, a_col, b, ldb, c, ldc, last, add, y); break;
+    case 3: micro_rows(3, rows, k, a, a_row, a_col, b, ldb, c, ldc, last, add, y); break;
+#endif
+    case 2: micro_rows(2, rows, k, a, a_row, a_col, b, ldb, c, ldc, last, add, y); break;
+    default: micro_rows(1, rows, k, a, a_row, a_col, b, ldb, c, ldc, last, add, y); break;
     }
 }
 
@@ -78,17 +101,30 @@ static void product(int64_t m, int64_t n, int64_t k, const float *a, int64_t a_r
         int64_t columns = n - j < NR ? n - j : NR;
         int vectors = (int)((columns + VW - 1) / VW), last = (int)(columns - (vectors - 1) * VW);
         for (int64_t i = 0; i < m; i += MR) {
-            int rows = (int)(m - i < MR ? m - i : MR);
-            const float *from = a + i * a_row;
-            float *to = c + i * ldc + j;
-            switch (vectors) {
-#if NV == 4
-            case 4: micro_rows(4, rows, k, from, a_row, a_col, panel, ldb, to, ldc, last, add); break;
-            case 3: micro_rows(3, rows, k, from, a_row, a_col, panel, ldb, to, ldc, last, add); break;
-#endif
-            case 2: micro_rows(2, rows, k, from, a_row, a_col, panel, ldb, to, ldc, last, add); break;
-            default: micro_rows(1, rows, k, from, a_row, a_col, panel, ldb, to, ldc, last, add); break;
-            }
+            micro_tile(vectors, (int)(m - i < MR ? m - i : MR), k, a + i * a_row, a_row, a_col, panel, ldb, c + i * ldc + j, ldc, last,
+                       add, (spread){VW, VW, 0, 0});
+        }
+    }
+}
+
+static void product_apart(int64_t m, int64_t vectors, int64_t k, const float *a, int64_t a_row, const float *b, int64_t ldb,
+                          int64_t b_step, float *c, int64_t ldc, int64_t c_step)
+{
+    for (int64_t j = 0; j < vectors; j += NV) {
+        for (int64_t i = 0; i < m; i += MR) {
+            micro_tile((int)(vectors - j < NV ? vectors - j : NV), (int)(m - i < MR ? m - i : MR), k, a + i * a_row, a_row, 1,
+                       b + j * b_step, ldb, c + i * ldc + j * c_step, ldc, VW, 0, (spread){b_step, c_step, 0, 0});
+        }
+    }
+}
+
+static void product_runs(int64_t m, int64_t n, int64_t runs, int64_t run, const float *a, int64_t a_row, const float *b, int64_t ldb,
+                         int64_t b_run, float *c, int64_t ldc, int add)
+{
+    for (int64_t j = 0; j < n; j += NR) {
+        for (int64_t i = 0; i < m; i += MR) {
+            micro_tile((int)((n - j < NR ? n - j : NR) / VW), (int)(m - i < MR ? m - i : MR), runs * run, a + i * a_row, a_row, 1,
+                       b + j, ldb, c + i * ldc + j, ldc, VW, add, (spread){VW, VW, run, b_run - run * ldb});
         }
     }
 }
@@ -289,7 +325,8 @@ VINLINE void pack_transposed_as(float *to, int64_t ld, const void *from, const a
 {
     int64_t done = 0;
 #if defined(ATTN_ISA_AVX512)
-    for (; done + 16 <= rows; done += 16) {
+    /* The last group of rows overlaps the one before it. */
+    for (; done < rows && rows >= 16; done = done + 32 > rows && done + 16 < rows ? rows - 16 : done + 16) {
         int64_t c = 0;
         for (; c + 16 <= count; c += 16) {
             vf x[16];
@@ -329,6 +366,8 @@ const attn_tile_kernels ATTN_K(attn_tile_kernels_table) = {
     .nr = NR,
     .vw = VW,
     .product = product,
+    .product_apart = product_apart,
+    .product_runs = product_runs,
     .softmax = softmax,
     .exp2_row = exp2_row,
     .scale = scale,

@@ -21,6 +21,13 @@ typedef struct attn_tile_kernels {
     void (*product)(int64_t m, int64_t n, int64_t k, const float *a, int64_t a_row, int64_t a_col, const float *b,
                     int64_t ldb, int64_t b_panel, float *c, int64_t ldc, int add);
 
+    /* The same with vectors of B's rows b_step apart and those of C's rows c_step: `vectors` of them; A's columns lie together. */
+    void (*product_apart)(int64_t m, int64_t vectors, int64_t k, const float *a, int64_t a_row, const float *b, int64_t ldb,
+                          int64_t b_step, float *c, int64_t ldc, int64_t c_step);
+    /* The same with B's rows in `runs` runs of `run` rows ldb apart, which begin b_run apart; n is in whole vectors. */
+    void (*product_runs)(int64_t m, int64_t n, int64_t runs, int64_t run, const float *a, int64_t a_row, const float *b, int64_t ldb,
+                         int64_t b_run, float *c, int64_t ldc, int add);
+
     /* One step of the online softmax in base 2 for `rows` rows of s [rows][lds], `count` logits each (a multiple of vw; unused ones
      * are -inf): new maximum m, s becomes 2^(s - m), l the scaled and extended sum, alpha the factor for what was accumulated
      * before (1 when the maximum did not move). */
