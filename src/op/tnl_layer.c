@@ -62,6 +62,7 @@ attn_status tnl_layer_forward(attn_call *call, const tnl_layer *y, const float *
     ATTN_TRY(attn_take_f32(call, count, &update));
     attn_norm_forward(ATTN_NORM_RMS, call->threads, g->rows, g->c, g->eps, x, NULL, NULL, normed);
     ATTN_TRY(tnl_core_forward(call, g, normed, update, state_out));
+#pragma omp parallel for schedule(static) num_threads(call->threads) if (call->threads > 1)
     for (int64_t i = 0; i < count; i++) {
         o[i] = x[i] + update[i];
     }
@@ -98,6 +99,7 @@ attn_status tnl_layer_backward(attn_call *call, const tnl_layer *y, const float 
     ATTN_TRY(tnl_core_backward(call, g, normed, grad_middle, &inner));
     ATTN_TRY(attn_norm_backward(ATTN_NORM_RMS, call->arena, call->threads, g->rows, g->c, g->eps, x, NULL, grad, through, NULL, NULL));
     if (grad_x != NULL) {
+#pragma omp parallel for schedule(static) num_threads(call->threads) if (call->threads > 1)
         for (int64_t i = 0; i < count; i++) {
             grad_x[i] = through[i] + grad_middle[i];
         }
