@@ -91,6 +91,19 @@ void attn_dense_finish_row(const dense_problem *problem, const attn_tensor *o, c
                            float *row, float m, float l);
 void attn_dense_store_lse(const attn_tensor *lse, int64_t b, int64_t h, int64_t n, float m, float l);
 
+/* Keys and values of a head that are read where they lie: `count` from `first` on, or with a list those of its entries, of which there are
+ * `entries` >= count. */
+typedef struct dense_keys {
+    int64_t b, kv, first, count;
+    const int32_t *list;
+    int64_t entries;
+} dense_keys;
+/* The channels of each key, and of each value, are neighbours, as the following two need. */
+int attn_dense_rows_lie_together(const dense_problem *problem);
+/* Scores s [rows][lds] of queries q [rows][D]; o [rows][dv_pad] += weights s (which int8 scales change) times values. */
+void attn_dense_scores_in_place(const dense_problem *problem, float *s, int64_t lds, const float *q, int64_t rows, const dense_keys *keys);
+void attn_dense_values_in_place(const dense_problem *problem, float *o, float *s, int64_t lds, int64_t rows, const dense_keys *keys);
+
 /* dense_decode.c: few query rows, many keys. */
 int attn_dense_is_decode(const dense_problem *problem);
 attn_status attn_dense_decode(const dense_problem *problem, const attn_tensor *o, const attn_tensor *lse, attn_arena *arena,

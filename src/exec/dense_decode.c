@@ -11,11 +11,12 @@
 #define MOST_PART 1024 /* keys of a part */
 #define STEP 256       /* keys of a step of the online softmax; a multiple of all vector widths */
 
-int attn_dense_is_decode(const dense_problem *p)
+int attn_dense_rows_lie_together(const dense_problem *p)
 {
-    const attn_tensor *k = &p->in->k, *v = &p->in->v;
-    return p->group * p->n <= MOST_ROWS && (k->stride[3] == 1 || p->d == 1) && (v->stride[3] == 1 || p->dv == 1);
+    return (p->in->k.stride[3] == 1 || p->d == 1) && (p->in->v.stride[3] == 1 || p->dv == 1);
 }
+
+int attn_dense_is_decode(const dense_problem *p) { return p->group * p->n <= MOST_ROWS && attn_dense_rows_lie_together(p); }
 
 /* One part of one key/value head: o [rows][dv_pad] not normalised, m and l in base 2; top: the key of the largest score. */
 typedef struct part_state {
@@ -23,13 +24,36 @@ typedef struct part_state {
     int64_t *top;
 } part_state;
 
-/* int8 only: scores or weights of some keys times the scales of the keys, or of their values. */
-static void scale_keys(const dense_problem *p, float *s, int64_t rows, const attn_tensor *scales, int64_t b, int64_t kv, int64_t first,
-                       int64_t keys)
+/* int8 only: scores or weights times the scales of the keys, or of their values. */
+static void scale_keys(const dense_problem *p, float *s, int64_t lds, int64_t rows, const attn_tensor *scales, const dense_keys *y)
 {
     if (scales != NULL) {
-        const float *by = (const float *)scales->data + b * scales->stride[0] + kv * scales->stride[1] + first * scales->stride[2];
-        p->decode->scale_keys(s, STEP, rows, by, scales->stride[2], NULL, keys);
+        const float *by = (const float *)scales->data + y->b * scales->stride[0] + y->kv * scales->stride[1] + y->first * scales->stride[2];
+        p->decode->scale_keys(s, lds, rows, by, scales->stride[2], y->list, y->count);
+    }
+}
+
+void attn_dense_scores_in_place(const dense_problem *p, float *s, int64_t lds, const float *q, int64_t rows, const dense_keys *y)
+{
+    const attn_tensor *k = &p->in->k;
+    const void *from = attn_dense_row(k, y->b, y->kv, y->first);
+    if (y->list != NULL) {
+        p->decode->scores_listed(s, lds, q, p->d, rows, from, k->dtype, k->stride[2], y->list, y->count, y->entries, p->d);
+    } else {
+        p->decode->scores(s, lds, q, p->d, rows, from, k->dtype, k->stride[2], y->count, p->d);
+    }
+    scale_keys(p, s, lds, rows, p->in->k_scale, y);
+}
+
+void attn_dense_values_in_place(const dense_problem *p, float *o, float *s, int64_t lds, int64_t rows, const dense_keys *y)
+{
+    const attn_tensor *v = &p->in->v;
+    const void *from = attn_dense_row(v, y->b, y->kv, y->first);
+    scale_keys(p, s, lds, rows, p->in->v_scale, y);
+    if (y->list != NULL) {
+        p->decode->values_listed(o, p->dv_pad, s, lds, rows, from, v->dtype, v->stride[2], y->list, y->count, y->entries, p->dv);
+    } else {
+        p->decode->values(o, p->dv_pad, s, lds, rows, from, v->dtype, v->stride[2], y->count, p->dv);
     }
 }
 
@@ -51,11 +75,10 @@ static void attend_step(const dense_problem *p, const float *q, float *s, part_s
                         int64_t first, int64_t keys)
 {
     const attn_tile_kernels *kernels = p->kernels;
-    const attn_tensor *k = &p->in->k, *v = &p->in->v;
+    const dense_keys some = {.b = b, .kv = kv, .first = first, .count = keys};
     int64_t rows = p->group * p->n, count = attn_ceil_div(keys, kernels->vw) * kernels->vw;
     float alpha[MOST_ROWS];
-    p->decode->scores(s, STEP, q, p->d, rows, attn_dense_row(k, b, kv, first), k->dtype, k->stride[2], keys, p->d);
-    scale_keys(p, s, rows, p->in->k_scale, b, kv, first, keys);
+    attn_dense_scores_in_place(p, s, STEP, q, rows, &some);
     for (int64_t r = 0; r < rows; r++) {
         float *row = s + r * STEP;
         int64_t h = kv * p->group + r / p->n, n = r % p->n, begin, end;
@@ -79,9 +102,7 @@ static void attend_step(const dense_problem *p, const float *q, float *s, part_s
             kernels->scale(state->o + r * p->dv_pad, p->dv, alpha[r]);
         }
     }
-    scale_keys(p, s, rows, p->in->v_scale, b, kv, first, keys);
-    p->decode->values(state->o, p->dv_pad, s, STEP, rows, attn_dense_row(v, b, kv, first), v->dtype, v->stride[2], keys,
-                           p->dv);
+    attn_dense_values_in_place(p, state->o, s, STEP, rows, &some);
 }
 
 /* Keys of a part: a few parts at least, so that threads finish together although a model has one or three key/value heads. */

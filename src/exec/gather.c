@@ -140,40 +140,8 @@ static void fetch_first(const gather *w, const rows *g, int64_t first, int64_t l
 /* int8: only where exact attention too decodes by whole numbers. */
 static int reads_in_place(const dense_problem *p, const rows *g)
 {
-    const attn_tensor *k = &p->in->k, *v = &p->in->v;
-    int whole = k->dtype == ATTN_I8 || v->dtype == ATTN_I8;
-    return g->rows <= FEW_ROWS && (!whole || p->n == 1) && (k->stride[3] == 1 || p->d == 1) && (v->stride[3] == 1 || p->dv == 1);
-}
-
-static const float *scales_of(const attn_tensor *scales, int64_t b, int64_t kv)
-{
-    return (const float *)scales->data + b * scales->stride[0] + kv * scales->stride[1];
-}
-
-static void scores_in_place(const gather *w, worker *x, const rows *g, int64_t first, int64_t keys, int64_t last)
-{
-    const dense_problem *p = w->p;
-    const attn_tensor *k = &p->in->k, *scales = p->in->k_scale;
-    const int32_t *list = w->y->column + first;
-    int64_t kv = g->h0 / p->group;
-    p->decode->scores_listed(x->s, STEP, x->q, p->d, g->rows, attn_dense_row(k, g->b, kv, 0), k->dtype, k->stride[2], list, keys, last - first,
-                             p->d);
-    if (scales != NULL) {
-        p->decode->scale_keys(x->s, STEP, g->rows, scales_of(scales, g->b, kv), scales->stride[2], list, keys);
-    }
-}
-
-static void values_in_place(const gather *w, worker *x, const rows *g, int64_t first, int64_t keys, int64_t last)
-{
-    const dense_problem *p = w->p;
-    const attn_tensor *v = &p->in->v, *scales = p->in->v_scale;
-    const int32_t *list = w->y->column + first;
-    int64_t kv = g->h0 / p->group;
-    if (scales != NULL) {
-        p->decode->scale_keys(x->s, STEP, g->rows, scales_of(scales, g->b, kv), scales->stride[2], list, keys);
-    }
-    p->decode->values_listed(x->o, p->dv_pad, x->s, STEP, g->rows, attn_dense_row(v, g->b, kv, 0), v->dtype, v->stride[2], list, keys,
-                             last - first, p->dv);
+    int whole = p->in->k.dtype == ATTN_I8 || p->in->v.dtype == ATTN_I8;
+    return g->rows <= FEW_ROWS && (!whole || p->n == 1) && attn_dense_rows_lie_together(p);
 }
 
 /* Entries [first, last) for all rows of g: o, m and l of the worker. */
@@ -189,8 +157,9 @@ static void attend(const gather *w, worker *x, const rows *g, int64_t first, int
     }
     for (; first < last; first += STEP) {
         int64_t keys = attn_min_i64(STEP, last - first), count = attn_ceil_div(keys, kernels->vw) * kernels->vw;
+        const dense_keys listed = {.b = g->b, .kv = g->h0 / p->group, .count = keys, .list = w->y->column + first, .entries = last - first};
         if (in_place) {
-            scores_in_place(w, x, g, first, keys, last);
+            attn_dense_scores_in_place(p, x->s, STEP, x->q, g->rows, &listed);
         } else {
             load_keys(w, x, g, first, keys, last);
             p->decode->scores(x->s, STEP, x->q, p->d, g->rows, x->k, ATTN_F32, p->d, keys, p->d);
@@ -208,7 +177,7 @@ static void attend(const gather *w, worker *x, const rows *g, int64_t first, int
             }
         }
         if (in_place) {
-            values_in_place(w, x, g, first, keys, last);
+            attn_dense_values_in_place(p, x->o, x->s, STEP, g->rows, &listed);
         } else {
             p->decode->values(x->o, p->dv_pad, x->s, STEP, g->rows, x->v, ATTN_F32, p->dv, keys, p->dv);
         }

@@ -34,12 +34,14 @@ VINLINE const char *row_at(const int listed, const row_source *x, int64_t j)
     return (const char *)((uintptr_t)x->first + (uintptr_t)((listed ? x->list[j] : j) * x->stride));
 }
 
-/* The row to ask for while row j is computed. */
-VINLINE const char *row_ahead(const int listed, const row_source *x, int64_t j)
+/* A row that follows, to be asked for; behind the end of a list its last one. */
+VINLINE const char *row_later(const int listed, const row_source *x, int64_t j)
 {
-    j += x->ahead;
     return row_at(listed, x, listed && j > x->last ? x->last : j);
 }
+
+/* The row to ask for while row j is computed. */
+VINLINE const char *row_ahead(const int listed, const row_source *x, int64_t j) { return row_later(listed, x, j + x->ahead); }
 
 VINLINE void fetch(const char *row, int64_t at) { __builtin_prefetch((const void *)((uintptr_t)row + (uintptr_t)at), 0, 2); }
 
@@ -227,7 +229,7 @@ VINLINE void scores_of(const int rows, const int keys, const int whole, float *s
 #pragma GCC unroll 4
     for (int i = 0; i < keys; i++) {
         k[i] = row_at(listed, from, j + i);
-        next[i] = row_at(listed, from, listed && j + keys + i > from->last ? from->last : j + keys + i);
+        next[i] = row_later(listed, from, j + keys + i);
         ahead[i] = row_ahead(listed, from, j + i);
     }
 #pragma GCC unroll 4
