@@ -393,9 +393,10 @@ static void check_rows(void)
         a = floats(n, 2), b = copy(a, n);
         k->gelu_gate(a, w, n), s->gelu_gate(b, w, n);
         same("gelu_gate", a, b, n, 2e-6);
-        float *r = floats(2 * half, 1), *r2 = copy(r, 2 * half), *c = floats(half, 1), *sn = floats(half, 1);
-        k->rotate(r, half, c, sn), s->rotate(r2, half, c, sn);
-        same("rotate", r, r2, 2 * half, 1e-6);
+        int64_t ld = 2 * half + n;
+        float *r = floats(3 * ld, 1), *r2 = copy(r, 3 * ld), *c = floats(half, 1), *sn = floats(half, 1);
+        k->rotate(r, 3, ld, half, c, sn), s->rotate(r2, 3, ld, half, c, sn);
+        same("rotate", r, r2, 3 * ld, 1e-6);
         for (int f = ATTN_ROW_SIGMOID; f <= ATTN_ROW_ELU1; f++) {
             float *wide = floats(n, 20), *o = floats(n, 1), *o2 = floats(n, 1);
             k->function((attn_row_function)f, wide, NULL, n, o), s->function((attn_row_function)f, wide, NULL, n, o2);

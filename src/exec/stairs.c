@@ -6,6 +6,7 @@
 #include <string.h>
 
 #define ROWS 48 /* rows that go through keys together which all of them see: a panel serves several tiles while it is in L1 */
+#define LDS (STAIRS_BLOCK_K + 16) /* of their scores: rows at a multiple of 2 KB would share the lines of the first-level cache */
 
 /* ---- What all passes share ---- */
 
@@ -244,21 +245,21 @@ static void attend(const stairs_problem *p, worker *w, int64_t h, int64_t first,
     const attn_tile_kernels *kernels = p->kernels;
     int64_t nr = kernels->nr, count = stairs_up(high - low, kernels->vw);
     kernels->product(rows, count, p->d, w->q + r * p->d, p->d, 1, p->k + (head->kv * p->keys_pad + low) * p->d, nr, p->d * nr, w->s,
-                     STAIRS_BLOCK_K, 0);
+                     LDS, 0);
     if (p->relative) {
-        attn_stairs_add_relative(p, h, first + r, rows, w->rel_q + r * p->d, low, count, w->s, STAIRS_BLOCK_K, w->slice);
+        attn_stairs_add_relative(p, h, first + r, rows, w->rel_q + r * p->d, low, count, w->s, LDS, w->slice);
     }
     for (int64_t i = 0; i < rows; i++) {
-        stairs_mask_tail(w->s + i * STAIRS_BLOCK_K, low, count, head->end[first + r + i]);
+        stairs_mask_tail(w->s + i * LDS, low, count, head->end[first + r + i]);
     }
-    kernels->softmax(rows, w->s, STAIRS_BLOCK_K, count, w->m + r, w->l + r, w->alpha);
+    kernels->softmax(rows, w->s, LDS, count, w->m + r, w->l + r, w->alpha);
     for (int64_t i = 0; i < rows; i++) {
         if (w->alpha[i] != 1.0f) {
             kernels->scale(w->o + (r + i) * p->dv_pad, p->dv_pad, w->alpha[i]);
         }
     }
     const float *v = p->v != NULL ? p->v + (head->kv * p->keys + low) * p->dv_pad : head->v + low * p->dv;
-    kernels->product(rows, p->dv_pad, high - low, w->s, STAIRS_BLOCK_K, 1, v, p->dv_pad, nr, w->o + r * p->dv_pad, p->dv_pad, 1);
+    kernels->product(rows, p->dv_pad, high - low, w->s, LDS, 1, v, p->dv_pad, nr, w->o + r * p->dv_pad, p->dv_pad, 1);
 }
 
 static void row_ends(const int64_t *end, int64_t rows, int64_t *least, int64_t *most)
@@ -353,7 +354,7 @@ static attn_status forward(const attn_stairs *s, attn_arena *arena, int threads)
         many |= !p.groups[g].few;
     }
     int64_t rows = many ? STAIRS_BLOCK_Q : 0;
-    int64_t sizes[] = {rows * p.d, p.relative ? rows * p.d : 0, rows * p.dv_pad, many ? ROWS * STAIRS_BLOCK_K : 0,
+    int64_t sizes[] = {rows * p.d, p.relative ? rows * p.d : 0, rows * p.dv_pad, many ? ROWS * LDS : 0,
                        p.relative && many ? slice : 0, rows, rows, ROWS, few ? attn_stairs_few_size(&p) : 0};
     for (int64_t h = 0; h < s->head_count; h++) {
         blocks += attn_ceil_div(s->heads[h].rows, STAIRS_BLOCK_Q);

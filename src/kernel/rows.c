@@ -38,13 +38,16 @@ static void rms_norm(const float *x, const float *weight, int64_t n, float epsil
     }
 }
 
-static void rotate(float *x, int64_t half, const float *cosine, const float *sine)
+static void rotate(float *x, int64_t rows, int64_t ld, int64_t half, const float *cosine, const float *sine)
 {
     EACH(i, half) {
-        vf a = load_at(x, i, half), b = load_at(x + half, i, half);
         vf c = load_at(cosine, i, half), s = load_at(sine, i, half);
-        store_at(x, v_fnma(b, s, v_mul(a, c)), i, half);
-        store_at(x + half, v_fma(a, s, v_mul(b, c)), i, half);
+        for (int64_t r = 0; r < rows; r++) {
+            float *row = x + r * ld;
+            vf a = load_at(row, i, half), b = load_at(row + half, i, half);
+            store_at(row, v_fnma(b, s, v_mul(a, c)), i, half);
+            store_at(row + half, v_fma(a, s, v_mul(b, c)), i, half);
+        }
     }
 }
 

@@ -11,8 +11,8 @@ typedef enum attn_row_function { ATTN_ROW_SIGMOID, ATTN_ROW_SILU, ATTN_ROW_SOFTP
 typedef struct attn_row_kernels {
     /* out = x / sqrt(mean(x^2) + epsilon) * weight; out may be x. */
     void (*rms_norm)(const float *x, const float *weight, int64_t n, float epsilon, float *out);
-    /* (x[i], x[i + half]) rotated by the angle of cosine[i], sine[i]. */
-    void (*rotate)(float *x, int64_t half, const float *cosine, const float *sine);
+    /* Of each of `rows` rows ld apart (x[i], x[i + half]) rotated by the angle of cosine[i], sine[i]. */
+    void (*rotate)(float *x, int64_t rows, int64_t ld, int64_t half, const float *cosine, const float *sine);
     void (*add)(float *x, const float *y, int64_t n); /* x += y */
     void (*scale)(float *x, float factor, int64_t n);
     /* gate = silu(gate) * up, and gelu (the tanh form) */

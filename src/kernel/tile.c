@@ -131,7 +131,20 @@ static void product_runs(int64_t m, int64_t n, int64_t runs, int64_t run, const 
 
 /* ---- Rows ---- */
 
-#define TOGETHER 8 /* rows whose maxima come first: what is between the lanes of one hides behind the others */
+static void exp2_row(float *s, int64_t count, float shift)
+{
+    vf by = v_set1(shift);
+    int64_t j = 0;
+    for (; j + VW <= count; j += VW) {
+        v_store(s + j, v_exp2_weight(v_sub(v_load(s + j), by)));
+    }
+    if (j < count) {
+        int rest = (int)(count - j);
+        v_store_n(s + j, v_exp2_weight(v_sub(v_load_n(s + j, rest), by)), rest);
+    }
+}
+
+#define TOGETHER 8 /* rows whose maxima come first: what is between the lanes of one hides behind the others, and their factors are vectors */
 
 static void softmax(int64_t rows, float *s, int64_t lds, int64_t count, float *m, float *l, float *alpha)
 {
@@ -144,7 +157,10 @@ static void softmax(int64_t rows, float *s, int64_t lds, int64_t count, float *m
             }
             float before = m[r], now = v_top(top);
             m[r] = now > before ? now : before;
-            alpha[r] = m[r] == before ? 1.0f : exp2f(before - m[r]);
+            alpha[r] = m[r] == before ? 0.0f : before - m[r];
+        }
+        if (i % TOGETHER == 0) {
+            exp2_row(alpha + i, rows - i < TOGETHER ? rows - i : TOGETHER, 0);
         }
         /* A row that has seen nothing yet: any finite shift gives zeros. */
         vf shift = v_set1(m[i] == -INFINITY ? 0.0f : m[i]);
@@ -163,19 +179,6 @@ static void softmax(int64_t rows, float *s, int64_t lds, int64_t count, float *m
             sum0 = v_add(sum0, p);
         }
         l[i] = l[i] * alpha[i] + v_sum(v_add(sum0, sum1));
-    }
-}
-
-static void exp2_row(float *s, int64_t count, float shift)
-{
-    vf by = v_set1(shift);
-    int64_t j = 0;
-    for (; j + VW <= count; j += VW) {
-        v_store(s + j, v_exp2_weight(v_sub(v_load(s + j), by)));
-    }
-    if (j < count) {
-        int rest = (int)(count - j);
-        v_store_n(s + j, v_exp2_weight(v_sub(v_load_n(s + j, rest), by)), rest);
     }
 }
 

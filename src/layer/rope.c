@@ -70,7 +70,7 @@ void attn_rope_apply(const float *table_row, int64_t dim, int interleaved, int i
 {
     const float *cosine = table_row, *sine = table_row + dim / 2;
     if (!interleaved && !inverse) {
-        ATTN_KERNEL_SELECT(attn_row_kernels_table, attn_isa_current())->rotate(x, dim / 2, cosine, sine);
+        ATTN_KERNEL_SELECT(attn_row_kernels_table, attn_isa_current())->rotate(x, 1, dim, dim / 2, cosine, sine);
         return;
     }
     for (int64_t j = 0; j < dim / 2; j++) {

@@ -313,12 +313,10 @@ static void finish_heads(const worker *w, float *x, int64_t heads, const float *
     if (bias != NULL) {
         kernels()->add(x, bias, heads * width);
     }
-    for (int64_t h = 0; h < heads; h++) {
-        if (norm != NULL) {
-            kernels()->rms_norm(x + h * width, norm, width, w->c->model->epsilon, x + h * width);
-        }
-        kernels()->rotate(x + h * width, half, cosine, cosine + half);
+    for (int64_t h = 0; h < (norm != NULL ? heads : 0); h++) {
+        kernels()->rms_norm(x + h * width, norm, width, w->c->model->epsilon, x + h * width);
     }
+    kernels()->rotate(x, heads, width, half, cosine, cosine + half);
 }
 
 /* int8 rounds to 1/127 of a row's largest number, and single channels of keys are far larger than the rest: the cache holds rows that a

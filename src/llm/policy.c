@@ -524,7 +524,7 @@ static attn_status run_renumbered(const head_run *r, int64_t first)
         for (int64_t i = 0; i < rows; i++) {
             float *to = turned + (h * rows + i) * d;
             memcpy(to, (const float *)q.data + h * q.stride[1] + i * q.stride[2], (size_t)d * sizeof *to);
-            kernels->rotate(to, half, angles + i * rope->dims, angles + i * rope->dims + half);
+            kernels->rotate(to, 1, d, half, angles + i * rope->dims, angles + i * rope->dims + half);
         }
     }
     attn_dense_settings settings;

@@ -67,9 +67,8 @@ static void turn(const rat_core *x, int64_t chunk, int back, float *rows, int64_
 {
     int64_t half = x->rotary_dim / 2;
     const float *table = x->table + (chunk - x->steps / x->chunk) * 3 * half;
-    const attn_row_kernels *kernels = ATTN_KERNEL_SELECT(attn_row_kernels_table, attn_isa_current());
-    for (int64_t t = 0; t < (half > 0 && chunk > 0 ? count : 0); t++) {
-        kernels->rotate(rows + t * x->d, half, table, table + (back ? 2 : 1) * half);
+    if (chunk > 0) {
+        ATTN_KERNEL_SELECT(attn_row_kernels_table, attn_isa_current())->rotate(rows, count, x->d, half, table, table + (back ? 2 : 1) * half);
     }
 }
 
