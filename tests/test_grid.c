@@ -45,6 +45,7 @@ static void make(example *e)
     int sliding = draw(0, 2) == 0;
     if (sliding) {
         g->rank = (int)draw(2, 3);
+        g->d = draw(0, 1) ? g->d : 16 * draw(1, 5);
         g->dv = 16 * draw(1, 5);
         g->extra = 0;
     }

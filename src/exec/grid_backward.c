@@ -23,9 +23,9 @@ typedef struct backward {
     const float *o, *lse, *grad_o;
     const float *grad_scores, *weights; /* [batch, heads, N, window] */
     float *grad_weights;
-    float *k, *v;             /* [pairs][shares][M][d], [M][dv] */
-    float *extra_k, *extra_v; /* [pairs][shares][extra][d], [extra][dv] */
-    double *bias;             /* [pairs][shares][group][bias_count] */
+    int64_t *phase;           /* [shares] */
+    float *extra_k, *extra_v; /* [pairs][shares][extra][d], [extra][dv], or NULL */
+    double *bias;             /* [pairs][shares][group][bias_count], or NULL */
 } backward;
 
 typedef struct worker {
@@ -48,7 +48,7 @@ static attn_status worker_create(const backward *b, worker *x, attn_arena *arena
         float **to;
         size_t count;
     } parts[] = {{&x->kt, keys * d},
-                 {&x->k, keys * d_pad},
+                 {&x->k, w->columns > 0 ? 1 : keys * d_pad},
                  {&x->vt, keys * dv},
                  {&x->grad_k, keys * d_pad},
                  {&x->grad_v, keys * dv_pad},
@@ -74,82 +74,91 @@ static attn_status worker_create(const backward *b, worker *x, attn_arena *arena
     return failed ? attn_fail_memory(total * sizeof(float)) : ATTN_OK;
 }
 
-/* C [count][columns] = A [count][width] times keys [first, ...) of packed panels. */
-static void products(const grid_work *w, const float *a, int64_t lda, int64_t count, int64_t width, const float *panels, int64_t first,
-                     int64_t columns, float *c)
-{
-    int64_t nr = w->kernels->nr, inside = first % nr, head = inside > 0 ? attn_min_i64(columns, nr - inside) : 0;
-    if (head > 0) {
-        w->kernels->product(count, head, width, a, lda, 1, panels + (first - inside) * width + inside, nr, nr * width, c, STEP, 0);
-    }
-    if (head < columns) {
-        w->kernels->product(count, columns - head, width, a, lda, 1, panels + (first + head) * width, nr, nr * width, c + head, STEP, 0);
-    }
-}
-
-/* Probabilities (or given weights) into x->p; their score gradients into x->ds. */
-static void fill(const backward *b, worker *x, const grid_task *t, int64_t head, int64_t r, int64_t count, const grid_union *u,
-                 const grid_piece *piece, int64_t from, int64_t to)
+/* Of what a row sees of a piece: probabilities (or given weights) into p, their score gradients into ds. p and ds begin where key 0 would be. */
+static void fill(const backward *b, worker *x, const grid_task *t, int64_t head, int64_t r, const grid_piece *piece, float *p, float *ds)
 {
     const grid_work *w = &b->work;
     const attn_grid *g = w->g;
-    int64_t vw = w->kernels->vw, first = from / vw * vw, columns = attn_ceil_div(to - first, vw) * vw, lead = from - first;
-    if (b->kind == FUSED) {
-        products(w, x->scaled + r * g->d, g->d, count, g->d, x->kt, first, columns, x->p);
-    }
-    if (b->kind != SCORES) {
-        products(w, x->grad_o + r * w->dv_pad, w->dv_pad, count, g->dv, x->vt, first, columns, x->ds);
-    }
-    for (int64_t i = 0; i < count; i++) {
-        const grid_row *row = &x->rows[r + i];
-        float *p = x->p + i * STEP, *ds = x->ds + i * STEP;
-        int64_t slots = (head * w->n + row->token) * b->window;
-        if (b->kind == SCORES) {
-            attn_grid_slots(w, t, row, piece, from, to, (float *)(uintptr_t)b->grad_scores + slots, ds + lead, 1);
-        } else if (b->kind == VALUES) {
-            attn_grid_slots(w, t, row, piece, from, to, (float *)(uintptr_t)b->weights + slots, p + lead, 1);
-            if (b->grad_weights != NULL) {
-                attn_grid_slots(w, t, row, piece, from, to, b->grad_weights + slots, ds + lead, 0);
-            }
-        } else {
-            const float *bounds = x->hidden ? x->bounds + (row->place[2] - t->query[2][0]) * grid_bounds_length(w, STEP) : NULL;
-            if (g->bias != NULL) {
-                attn_grid_bias(w, t, row, piece, from, to,
-                               (float *)(uintptr_t)g->bias + head % g->heads * (int64_t)w->bias_count, p + lead, (float)ATTN_LOG2E, 0);
-            }
-            attn_grid_mask(w, t, row, piece, first, columns, from, to, bounds, u->alike, p);
-            w->kernels->exp2_row(p, columns, x->lse2[r + i]);
-            w->kernels->grad_row(ds, p, columns, x->delta[r + i]);
-        }
-        if (b->bias != NULL) {
-            attn_grid_bias(w, t, row, piece, from, to, x->bias + (size_t)(head % w->group) * w->bias_count, ds + lead, 1, 1);
-        }
-    }
-}
-
-static void unit(const backward *b, worker *x, const grid_task *t, int64_t head, int64_t r, int64_t count, const grid_piece *piece)
-{
-    const grid_work *w = &b->work;
-    const attn_tile_kernels *kernels = w->kernels;
-    grid_union u = attn_grid_union(x->rows + r, count);
-    int64_t from, to, nr = kernels->nr;
-    grid_part(t, &u, piece, &from, &to);
+    const grid_row *row = &x->rows[r];
+    int64_t slots = (head * w->n + row->token) * b->window, from, to;
+    grid_row_keys(t, row, piece, &from, &to);
     if (from >= to) {
         return;
     }
-    fill(b, x, t, head, r, count, &u, piece, from, to);
-    const float *p = x->p + from % kernels->vw, *ds = x->ds + from % kernels->vw;
-    if (b->v != NULL) {
-        kernels->product(to - from, w->dv_pad, count, p, 1, STEP, x->grad_o + r * w->dv_pad, w->dv_pad, nr,
-                         x->grad_v + from * w->dv_pad, w->dv_pad, 1);
+    int64_t columns = grid_column_of(w, t, to) - grid_column_of(w, t, from);
+    p += grid_column_of(w, t, from);
+    ds += grid_column_of(w, t, from);
+    if (b->kind == SCORES) {
+        attn_grid_slots(w, t, row, piece, from, to, (float *)(uintptr_t)b->grad_scores + slots, ds, 1);
+    } else if (b->kind == VALUES) {
+        attn_grid_slots(w, t, row, piece, from, to, (float *)(uintptr_t)b->weights + slots, p, 1);
+        if (b->grad_weights != NULL) {
+            attn_grid_slots(w, t, row, piece, from, to, b->grad_weights + slots, ds, 0);
+        }
+    } else {
+        if (g->bias != NULL) {
+            attn_grid_bias(w, t, row, piece, from, to, (float *)(uintptr_t)g->bias + head % g->heads * (int64_t)w->bias_count, p,
+                           (float)ATTN_LOG2E, 0);
+        }
+        if (x->hidden && piece->z >= 0) {
+            const float *bounds = x->bounds + (row->place[2] - t->query[2][0]) * grid_bounds_length(w, STEP);
+            w->kernels->limit(p, bounds + (w->columns > 0 ? 0 : from % grid_task_extent(t, 2)), columns);
+        }
+        w->kernels->exp2_row(p, columns, x->lse2[r]);
+        w->kernels->grad_row(ds, p, columns, x->delta[r]);
     }
-    if (b->k != NULL) {
-        kernels->product(to - from, w->d_pad, count, ds, 1, STEP, x->q + r * w->d_pad, w->d_pad, nr, x->grad_k + from * w->d_pad,
-                         w->d_pad, 1);
+    if (b->bias != NULL) {
+        attn_grid_bias(w, t, row, piece, from, to, x->bias + (size_t)(head % w->group) * w->bias_count, ds, 1, 1);
     }
-    if (b->to->q != NULL) {
-        kernels->product(count, w->d_pad, to - from, ds, STEP, 1, x->k + from * w->d_pad, w->d_pad, nr, x->grad_q + r * w->d_pad,
-                         w->d_pad, 1);
+}
+
+/* A unit of queries against a piece: register tile after register tile with the keys that it sees, then all for the sums over queries. */
+static void unit(const backward *b, worker *x, const grid_task *t, int64_t pair, int64_t head, int64_t r0, int64_t count,
+                 const grid_piece *piece)
+{
+    const grid_work *w = &b->work;
+    const attn_tile_kernels *kernels = w->kernels;
+    const attn_grid *g = w->g;
+    int64_t vw = kernels->vw, nr = kernels->nr, column = x->rows[r0].column, across = grid_task_extent(t, 2);
+    int64_t begin = (w->columns > 0 ? 0 : piece->first % vw) - grid_column_of(w, t, piece->first); /* where key 0 would be */
+    int64_t height = w->columns > 0 ? w->block : kernels->mr;
+    for (int64_t i = 0, some; i < count; i += some) {
+        some = attn_min_i64(height, count - i);
+        grid_part part = grid_part_begin(piece, some);
+        while (attn_grid_part_next(&part, t, x->rows + r0 + i, some, piece)) {
+            int64_t r = i + part.first, at = r * STEP + begin + grid_column_of(w, t, part.from);
+            if (b->kind == FUSED) {
+                attn_grid_products(w, t, part.rows, x->scaled + (r0 + r) * g->d, g->d, g->d, x->kt, part.from, part.to, column, x->p + at, STEP);
+            }
+            if (b->kind != SCORES) {
+                attn_grid_products(w, t, part.rows, x->grad_o + (r0 + r) * w->dv_pad, w->dv_pad, g->dv, x->vt, part.from, part.to, column,
+                                   x->ds + at, STEP);
+            }
+        }
+        for (int64_t r = i; r < i + some; r++) {
+            fill(b, x, t, head, r0 + r, piece, x->p + r * STEP + begin, x->ds + r * STEP + begin);
+        }
+        part = grid_part_begin(piece, some);
+        while (b->to->q != NULL && attn_grid_part_next(&part, t, x->rows + r0 + i, some, piece)) {
+            int64_t r = i + part.first;
+            attn_grid_add(w, t, part.rows, x->ds + r * STEP + begin + grid_column_of(w, t, part.from), STEP, part.from, part.to, column, x->k,
+                          g->k, pair, w->d_pad, x->grad_q + (r0 + r) * w->d_pad);
+        }
+    }
+    grid_part part = grid_part_begin(piece, count);
+    while (attn_grid_part_next(&part, t, x->rows + r0, count, piece)) {
+        int64_t r = r0 + part.first, run = w->columns > 0 ? across : part.to - part.from, keys = w->columns > 0 ? w->columns : run;
+        for (int64_t key = part.from; key < part.to; key += run) {
+            int64_t at = part.first * STEP + begin + grid_column_of(w, t, key), to = key + column;
+            if (b->to->v != NULL || b->extra_v != NULL) {
+                kernels->product(keys, w->dv_pad, part.rows, x->p + at, 1, STEP, x->grad_o + r * w->dv_pad, w->dv_pad, nr,
+                                 x->grad_v + to * w->dv_pad, w->dv_pad, 1);
+            }
+            if (b->to->k != NULL || b->extra_k != NULL) {
+                kernels->product(keys, w->d_pad, part.rows, x->ds + at, 1, STEP, x->q + r * w->d_pad, w->d_pad, nr,
+                                 x->grad_k + to * w->d_pad, w->d_pad, 1);
+            }
+        }
     }
 }
 
@@ -171,45 +180,25 @@ static void load_rows(const backward *b, worker *x, int64_t head, int64_t rows)
             memset(grad + g->dv, 0, (size_t)(w->dv_pad - g->dv) * sizeof *grad);
         }
         if (b->kind == FUSED) {
-            double sum = 0;
-            for (int64_t c = 0; c < g->dv; c++) {
-                sum += (double)b->o[at * g->dv + c] * (double)b->grad_o[at * g->dv + c];
-            }
-            x->delta[r] = (float)sum;
+            x->delta[r] = w->kernels->dot(b->o + at * g->dv, b->grad_o + at * g->dv, g->dv);
             x->lse2[r] = b->lse[at] == -INFINITY ? INFINITY : (float)((double)b->lse[at] * ATTN_LOG2E);
         }
     }
     memset(x->grad_q, 0, (size_t)(rows * w->d_pad) * sizeof *x->grad_q);
 }
 
-/* Add the gradients of a task's box to those of its share. */
-static void add_box(const backward *b, const worker *x, const grid_task *t, int64_t share)
+/* Rows of sums, `pad` numbers each, added to the gradients of the keys of a task's box, and to those of its share for the extra ones. */
+static void add_box(const backward *b, const grid_task *t, int64_t pair, int64_t share, const float *sums, int64_t width, int64_t pad,
+                    float factor, float *to, float *extra)
 {
     const grid_work *w = &b->work;
-    const attn_grid *g = w->g;
-    int64_t keys = grid_task_keys(t), extra = grid_extra_first(w, t);
-    for (int64_t j = 0; j < keys; j++) {
-        int64_t token = share * w->m + attn_grid_key_token(w, t, j);
-        if (b->k != NULL) {
-            w->kernels->axpy(b->k + token * g->d, x->grad_k + j * w->d_pad, g->d, 1);
-        }
-        if (b->v != NULL) {
-            w->kernels->axpy(b->v + token * g->dv, x->grad_v + j * w->dv_pad, g->dv, 1);
-        }
+    int64_t keys = grid_task_keys(t), more = w->g->extra;
+    int64_t run = width == pad && w->axis[2].a.dilation * w->axis[2].key_step == 1 ? grid_task_extent(t, 2) : 1; /* neighbours together */
+    for (int64_t j = 0; j < keys && to != NULL; j += run) {
+        w->kernels->axpy(to + (pair * w->m + attn_grid_key_token(w, t, j)) * width, sums + j * pad, run * width, factor);
     }
-    for (int64_t j = 0; j < g->extra; j++) {
-        if (b->k != NULL) {
-            w->kernels->axpy(b->extra_k + (share * g->extra + j) * g->d, x->grad_k + (extra + j) * w->d_pad, g->d, 1);
-        }
-        if (b->v != NULL) {
-            w->kernels->axpy(b->extra_v + (share * g->extra + j) * g->dv, x->grad_v + (extra + j) * w->dv_pad, g->dv, 1);
-        }
-    }
-    if (b->bias != NULL) {
-        int64_t count = w->group * (int64_t)w->bias_count;
-        for (int64_t i = 0; i < count; i++) {
-            b->bias[share * count + i] += (double)x->bias[i];
-        }
+    for (int64_t j = 0; j < more && extra != NULL; j++) {
+        w->kernels->axpy(extra + ((pair * b->shares + share) * more + j) * width, sums + (grid_extra_first(w, t) + j) * pad, width, factor);
     }
 }
 
@@ -243,12 +232,20 @@ static void run_task(const backward *b, worker *x, const grid_task *t, int64_t p
         for (int64_t h = 0; h < w->group; h++) {
             int64_t head = pair / g->kv_heads * g->heads + pair % g->kv_heads * w->group + h;
             load_rows(b, x, head, rows);
+            int64_t ahead = end;
             grid_walk walk;
             attn_grid_walk_begin(&walk, t, all);
-            while ((pieces = attn_grid_walk_next(&walk, w, t, STEP, x->pieces)) > 0) {
-                for (int64_t r = 0; r < rows; r += w->unit) {
+            for (int first = 1; (pieces = attn_grid_walk_next(&walk, w, t, grid_step(w, t, STEP), x->pieces)) > 0; first = 0) {
+                for (int64_t r = 0, count; r < rows; r += count) {
+                    count = attn_grid_unit(w, x->rows + r, rows - r);
                     for (int64_t i = 0; i < pieces; i++) {
-                        unit(b, x, t, head, r, attn_min_i64(w->unit, rows - r), &x->pieces[i]);
+                        unit(b, x, t, pair, head, r, count, &x->pieces[i]);
+                    }
+                    if (b->kind == FUSED && first) {
+                        attn_grid_ahead_rows(w, t, x->rows + r, count, g->q + head * w->n * g->d, g->d);
+                        attn_grid_ahead_rows(w, t, x->rows + r, count, b->o + head * w->n * g->dv, g->dv);
+                        attn_grid_ahead_rows(w, t, x->rows + r, count, b->grad_o + head * w->n * g->dv, g->dv);
+                        attn_grid_ahead_keys(w, t, &ahead, count, rows, pair);
                     }
                 }
             }
@@ -258,21 +255,20 @@ static void run_task(const backward *b, worker *x, const grid_task *t, int64_t p
             }
         }
     }
-    add_box(b, x, t, pair * b->shares + share);
+    add_box(b, t, pair, share, x->grad_k, g->d, w->d_pad, (float)g->scale, b->to->k, b->extra_k);
+    add_box(b, t, pair, share, x->grad_v, g->dv, w->dv_pad, 1, b->to->v, b->extra_v);
+    for (int64_t i = 0; b->bias != NULL && i < w->group * (int64_t)w->bias_count; i++) {
+        b->bias[(pair * b->shares + share) * w->group * (int64_t)w->bias_count + i] += (double)x->bias[i];
+    }
 }
 
-/* to [pairs][count] = factor * sum over shares of from [pairs][shares][count]. */
-static void sum_shares(const backward *b, float *to, const float *from, int64_t count, float factor, int threads)
+/* to [pairs][count] = sum over shares of from [pairs][shares][count]. */
+static void sum_shares(const backward *b, float *to, const float *from, int64_t count)
 {
-    const grid_work *w = &b->work;
-    int64_t block = 4096, blocks = attn_ceil_div(count, block);
-#pragma omp parallel for schedule(static) num_threads(threads)
-    for (int64_t i = 0; i < (to != NULL ? w->pairs * blocks : 0); i++) {
-        int64_t pair = i / blocks, at = i % blocks * block, some = attn_min_i64(block, count - at);
-        float *sum = to + pair * count + at;
-        memset(sum, 0, (size_t)some * sizeof *sum);
+    for (int64_t pair = 0; to != NULL && pair < b->work.pairs; pair++) {
+        memset(to + pair * count, 0, (size_t)count * sizeof *to);
         for (int64_t share = 0; share < b->shares; share++) {
-            w->kernels->axpy(sum, from + (pair * b->shares + share) * count + at, some, factor);
+            b->work.kernels->axpy(to + pair * count, from + (pair * b->shares + share) * count, count, 1);
         }
     }
 }
@@ -310,12 +306,10 @@ static attn_status sums_create(backward *b, attn_arena *arena)
     const grid_work *w = &b->work;
     const attn_grid *g = w->g;
     int64_t parts = w->pairs * b->shares;
-    if (b->kind != VALUES && (b->to->k != NULL || b->to->extra_k != NULL)) {
-        ATTN_TRY(zeros(arena, &b->k, parts * w->m * g->d));
+    if (b->to->extra_k != NULL) {
         ATTN_TRY(zeros(arena, &b->extra_k, parts * g->extra * g->d));
     }
-    if (b->kind != SCORES && (b->to->v != NULL || b->to->extra_v != NULL)) {
-        ATTN_TRY(zeros(arena, &b->v, parts * w->m * g->dv));
+    if (b->to->extra_v != NULL) {
         ATTN_TRY(zeros(arena, &b->extra_v, parts * g->extra * g->dv));
     }
     if (b->to->bias != NULL) {
@@ -325,6 +319,50 @@ static attn_status sums_create(backward *b, attn_arena *arena)
             return attn_fail_memory(count * sizeof(double));
         }
         memset(b->bias, 0, count * sizeof(double));
+    }
+    return ATTN_OK;
+}
+
+static int64_t share_begin(const backward *b, int64_t share) { return b->work.task_count * share / b->shares; }
+
+/* Whether tasks of two shares, the first one before the second, see the same keys. Tasks come by dilation groups, which have none in common. */
+static int share_keys(const backward *b, int64_t first, int64_t second)
+{
+    const grid_task *tasks = b->work.tasks;
+    for (int64_t i = share_begin(b, second); i < share_begin(b, second + 1); i++) {
+        for (int64_t j = share_begin(b, first + 1) - 1; j >= share_begin(b, first); j--) {
+            int common = 1, group = 1;
+            for (int a = 0; a < 3; a++) {
+                group &= tasks[i].group[a] == tasks[j].group[a];
+                common &= tasks[i].key[a][0] < tasks[j].key[a][1] && tasks[j].key[a][0] < tasks[i].key[a][1];
+            }
+            if (!group) {
+                break;
+            }
+            if (common) {
+                return 1;
+            }
+        }
+    }
+    return 0;
+}
+
+/* Shares that see the same keys run one after the other: each in the first phase in which no share before it sees its keys. */
+static attn_status share_out(backward *b, attn_arena *arena)
+{
+    b->shares = attn_max_i64(1, attn_min_i64(b->work.task_count, attn_ceil_div(ENOUGH_TASKS, b->work.pairs)));
+    b->phase = attn_arena_array(arena, (size_t)b->shares, sizeof *b->phase);
+    if (b->phase == NULL) {
+        return attn_fail_memory((size_t)b->shares * sizeof *b->phase);
+    }
+    for (int64_t i = 0; i < b->shares; i++) {
+        b->phase[i] = 0;
+        for (int64_t j = 0; j < i; j++) {
+            if (b->phase[j] == b->phase[i] && share_keys(b, j, i)) {
+                b->phase[i]++;
+                j = -1;
+            }
+        }
     }
     return ATTN_OK;
 }
@@ -343,8 +381,9 @@ static attn_status run(backward *b, const attn_grid *g, attn_arena *arena, int t
         return ATTN_OK;
     }
     attn_arena_mark mark = attn_arena_get_mark(arena);
-    ATTN_TRY(attn_grid_work_create(w, g, UNIT, UNIT, 0, arena));
-    b->shares = attn_max_i64(1, attn_min_i64(w->task_count, attn_ceil_div(ENOUGH_TASKS, w->pairs)));
+    int narrow = b->kind == FUSED && g->bias == NULL && g->extra == 0 && g->d % attn_tile_kernels_get()->vw == 0;
+    ATTN_TRY(attn_grid_work_create(w, g, UNIT, UNIT, narrow, arena));
+    ATTN_TRY(share_out(b, arena));
     ATTN_TRY(sums_create(b, arena));
     int64_t parts = w->pairs * b->shares;
     int team = (int)attn_min_i64(threads, parts);
@@ -355,19 +394,26 @@ static attn_status run(backward *b, const attn_grid *g, attn_arena *arena, int t
     for (int i = 0; i < team; i++) {
         ATTN_TRY(worker_create(b, &workers[i], arena));
     }
-#pragma omp parallel for schedule(dynamic, 1) num_threads(team)
-    for (int64_t i = 0; i < parts; i++) {
-        int64_t share = i % b->shares;
-        for (int64_t t = w->task_count * share / b->shares; t < w->task_count * (share + 1) / b->shares; t++) {
-            run_task(b, &workers[omp_get_thread_num()], &w->tasks[t], i / b->shares, share);
+#pragma omp parallel for schedule(static) num_threads(team)
+    for (int64_t i = 0; i < w->pairs; i++) {
+        if (b->to->k != NULL) {
+            memset(b->to->k + i * w->m * g->d, 0, (size_t)(w->m * g->d) * sizeof(float));
+        }
+        if (b->to->v != NULL) {
+            memset(b->to->v + i * w->m * g->dv, 0, (size_t)(w->m * g->dv) * sizeof(float));
         }
     }
-    sum_shares(b, b->to->k, b->k, w->m * g->d, (float)g->scale, threads);
-    sum_shares(b, b->to->v, b->v, w->m * g->dv, 1, threads);
-    if (g->extra > 0) {
-        sum_shares(b, b->to->extra_k, b->extra_k, g->extra * g->d, (float)g->scale, threads);
-        sum_shares(b, b->to->extra_v, b->extra_v, g->extra * g->dv, 1, threads);
+    for (int64_t phase = 0; phase < b->shares; phase++) {
+#pragma omp parallel for schedule(dynamic, 1) num_threads(team)
+        for (int64_t i = 0; i < parts; i++) {
+            int64_t share = i % b->shares;
+            for (int64_t t = share_begin(b, share); b->phase[share] == phase && t < share_begin(b, share + 1); t++) {
+                run_task(b, &workers[omp_get_thread_num()], &w->tasks[t], i / b->shares, share);
+            }
+        }
     }
+    sum_shares(b, b->to->extra_k, b->extra_k, g->extra * g->d);
+    sum_shares(b, b->to->extra_v, b->extra_v, g->extra * g->dv);
     if (b->to->bias != NULL) {
         sum_bias(b);
     }

@@ -10,6 +10,7 @@ enum { Z, Y, X };
 #define ENOUGH_TASKS 16
 #define ROW_COST 5.0   /* the same for keys that are transposed where they lie, and values that are not copied */
 #define MOST_APART 16  /* queries across such a tile: wider ones copy less, but their keys leave the cache, and strips become uneven */
+#define PART_COST 0.75 /* of keys that only some of a unit see besides their products, in vectors of keys for each of its queries */
 #define UNIT_COST 0.25 /* of a unit of queries besides its products, in queries */
 
 /* ---- Axes ---- */
@@ -75,36 +76,37 @@ static double mean_extent(const attn_grid_axis *a, int64_t count)
     return runs > 0 ? (double)sum / (double)runs : 0;
 }
 
-/* Products that each query of a tile takes, for the first tiles of a strip whose boxes have rows of `width` keys, `planes` of them. */
-static double tile_cost(const grid_work *w, int64_t unit, int64_t tile_y, int64_t tile_x, double width, double planes)
+/* Products that each query takes in tiles of tile_y rows of `block` queries, that see rows of `width` keys, `own` rows each in `planes`. */
+static double tile_cost(const grid_work *w, int64_t unit, int64_t tile_y, int64_t block, double own, double width, double planes)
 {
     const attn_grid_axis *a = &w->axis[Y].a;
     int64_t from, to, queries = 0, vw = w->kernels->vw;
-    /* Scores go by whole vectors, values key by key. */
-    double sum = 0, more = (int64_t)ceil(width) % vw == 0 ? 0 : 0.5 * (double)vw;
+    /* Scores go by whole vectors, values key by key. Rows of keys that not all of a unit see come by themselves. */
+    double sum = 0, more = (int64_t)ceil(width) % vw == 0 ? 0 : 0.5 * (double)vw, apart = PART_COST * (double)vw;
     query_places(a, 0, &from, &to);
     to = attn_min_i64(to, from + 512);
     for (int64_t y = from; y < to; y += tile_y) {
-        int64_t rows = attn_min_i64(tile_y, to - y) * tile_x;
+        int64_t rows = attn_min_i64(tile_y, to - y) * block;
         for (int64_t r = 0; r < rows; r += unit) {
             int64_t seen[2], last = attn_min_i64(rows, r + unit) - 1;
-            seen_places(a, 0, y + r / tile_x, y + last / tile_x + 1, seen);
-            sum += ((double)(seen[1] - seen[0]) * width + more) * planes * ((double)(last + 1 - r) + UNIT_COST);
+            seen_places(a, 0, y + r / block, y + last / block + 1, seen);
+            double all = (double)(seen[1] - seen[0]);
+            sum += planes * ((double)(last + 1 - r) * (own * width + more + apart * fmax(0, all - own)) + UNIT_COST * all * width);
         }
         queries += rows;
     }
     return queries > 0 ? sum / (double)queries : 0;
 }
 
-/* Columns of the box, in whole vectors, that any `unit` neighbouring x see together; 0 when they cannot be told apart. */
-static int64_t unit_columns(const grid_work *w, int64_t unit)
+/* Columns of the box, in whole vectors, that any `block` neighbouring x see together; 0 when they cannot be told apart. */
+static int64_t block_columns(const grid_work *w, int64_t block)
 {
     const attn_grid_axis *a = &w->axis[X].a;
     int64_t from, to, most = 1, vw = w->kernels->vw;
     query_places(a, 0, &from, &to);
     for (int64_t p = from; p < to; p++) {
         int64_t seen[2];
-        seen_places(a, 0, p, attn_min_i64(to, p + unit), seen);
+        seen_places(a, 0, p, attn_min_i64(to, p + block), seen);
         most = attn_max_i64(most, seen[1] - seen[0]);
     }
     most = attn_ceil_div(most, vw) * vw;
@@ -120,24 +122,25 @@ static void choose_tile(grid_work *w, int64_t least_unit, int64_t most_unit, int
     double all_y = mean_extent(&w->axis[Y].a, y_to - y_from);
     double packs = attn_max_i64(y_to - y_from, 1) > 1 ? 2 : all_y * z; /* keys of a column packed per query of it */
     w->unit = most_unit;
-    w->tile_x = w->tile_y = 1;
+    w->tile_x = w->tile_y = w->block = 1;
     w->columns = 0;
     for (int64_t x = 1; x <= attn_min_i64(48, attn_max_i64(1, to - from)); x++) {
-        double width = mean_extent(&w->axis[X].a, x), pack = PACK_COST * packs * width / (double)x;
+        double width = mean_extent(&w->axis[X].a, x), pack = packs * width / (double)x;
         int64_t most = attn_max_i64(1, GRID_ROWS / x), least = attn_max_i64(1, GRID_ROWS / 2 / x);
         for (int64_t unit = most_unit; unit >= least_unit; unit -= 2) {
-            int64_t columns = narrow && x % unit == 0 && x <= MOST_APART ? unit_columns(w, unit) : 0;
-            for (int apart = 0; apart <= (columns > 0); apart++) {
-                double across = apart ? (double)columns : width, copies = apart ? pack * ROW_COST / PACK_COST : pack;
+            for (int64_t i = 0; i <= (narrow && x <= MOST_APART ? 2 : 0); i++) { /* rows whole, then the columns of 6 or 4 queries */
+                int64_t block = i == 0 ? x : 8 - 2 * i, columns = i > 0 && x % block + unit % block == 0 ? block_columns(w, block) : 0;
+                double across = columns > 0 ? (double)columns : width, copies = pack * (columns > 0 ? ROW_COST : PACK_COST);
                 /* Unless even queries alone cost more. */
-                for (int64_t y = least; y <= most && own_y * across * z + copies < best; y++) {
-                    double cost = tile_cost(w, unit, y, x, across, z) + copies;
+                for (int64_t y = least; y <= most && (i == 0 || columns > 0) && own_y * across * z + copies < best; y++) {
+                    double cost = tile_cost(w, unit, y, block, own_y, across, z) + copies;
                     if (cost < best * 0.999) {
                         best = cost;
                         w->unit = unit;
                         w->tile_y = y;
                         w->tile_x = x;
-                        w->columns = apart ? columns : 0;
+                        w->block = block;
+                        w->columns = columns;
                     }
                 }
             }
@@ -255,6 +258,27 @@ static int64_t next_run(const grid_work *w, const grid_task *t, grid_packing *p,
     return count;
 }
 
+void attn_grid_ahead_rows(const grid_work *w, const grid_task *t, const grid_row *rows, int64_t count, const float *tensor, int64_t width)
+{
+    const grid_axis *y = &w->axis[Y];
+    for (int64_t i = 0; i < count && rows[i].place[Y] + w->tile_y < t->query[Y][1]; i++) {
+        int64_t token = rows[i].token + w->tile_y * y->a.dilation * y->query_step;
+        attn_prefetch_ahead(tensor + token * width, 0, 1, (size_t)width * sizeof *tensor);
+    }
+}
+
+void attn_grid_ahead_keys(const grid_work *w, const grid_task *t, int64_t *key, int64_t count, int64_t rows, int64_t pair)
+{
+    const attn_grid *g = w->g;
+    int64_t across = grid_task_extent(t, X), end = attn_min_i64(grid_task_keys(t), *key + w->tile_y * across * count / rows);
+    for (int64_t run; w->columns > 0 && *key < end; *key += run) {
+        int64_t at = pair * w->m + attn_grid_key_token(w, t, *key);
+        run = attn_min_i64(end - *key, across - *key % across);
+        attn_prefetch_ahead(g->k + at * g->d, 0, 1, (size_t)(run * g->d) * sizeof(float));
+        attn_prefetch_ahead(g->v + at * g->dv, 0, 1, (size_t)(run * g->dv) * sizeof(float));
+    }
+}
+
 /* Some rows of keys or values, from number `key` of the box and `i` of its panel on. memcpy would copy runs of this length byte by byte. */
 static void pack_rows(const grid_work *w, const float *from, int64_t count, int64_t width, int64_t pad, int64_t key, int64_t i, float *rows,
                       float *scratch)
@@ -283,8 +307,12 @@ static void pack_panel(const grid_work *w, int64_t first, int64_t count, int64_t
 void attn_grid_pack(const grid_work *w, const grid_task *t, grid_packing *packing, int64_t to, int64_t pair, const float *from,
                     int64_t width, int64_t pad, float *rows, float *panels, float *scratch)
 {
-    int64_t nr = w->kernels->nr, keys = grid_task_keys(t);
-    while (packing->key < to) {
+    int64_t nr = w->kernels->nr, keys = grid_task_keys(t), across = grid_task_extent(t, X);
+    for (; w->columns > 0 && panels != NULL && packing->key < to; packing->key += across) {
+        w->kernels->pack_transposed(panels + packing->key * width, across,
+                                    from + (pair * w->m + attn_grid_key_token(w, t, packing->key)) * width, ATTN_F32, width, across, width);
+    }
+    while (w->columns == 0 && packing->key < to) {
         int64_t first = packing->key, count = attn_min_i64(nr, keys - first);
         for (int64_t i = 0, token, run; i < count; i += run) {
             run = next_run(w, t, packing, count - i, &token);
@@ -292,23 +320,6 @@ void attn_grid_pack(const grid_work *w, const grid_task *t, grid_packing *packin
         }
         pack_panel(w, first, count, width, panels, scratch);
     }
-}
-
-void attn_grid_pack_rows(const grid_work *w, const grid_task *t, int64_t *row, int64_t to, int64_t pair, const float *from, int64_t width,
-                         float *panels)
-{
-    int64_t across = grid_task_extent(t, X);
-    for (; *row < to; ++*row) {
-        w->kernels->pack_transposed(panels + *row * across * width, across, from + (pair * w->m + attn_grid_key_token(w, t, *row * across)) * width,
-                                    ATTN_F32, width, across, width);
-    }
-}
-
-int64_t attn_grid_column(const grid_work *w, const grid_task *t, int64_t x)
-{
-    int64_t first = x - (x - t->query[X][0]) % w->unit, seen[2];
-    seen_places(&w->axis[X].a, t->group[X], first, attn_min_i64(first + w->unit, t->query[X][1]), seen);
-    return attn_max_i64(0, attn_min_i64(seen[0] - t->key[X][0], grid_task_extent(t, X) - w->columns));
 }
 
 void attn_grid_pack_extra(const grid_work *w, const grid_task *t, int64_t pair, const float *extra, int64_t width, int64_t pad,
@@ -324,6 +335,14 @@ void attn_grid_pack_extra(const grid_work *w, const grid_task *t, int64_t pair, 
 
 /* ---- Queries ---- */
 
+/* The first of the columns that the unit of query x (a place) takes. */
+static int64_t column_at(const grid_work *w, const grid_task *t, int64_t x)
+{
+    int64_t first = x - (x - t->query[X][0]) % w->block, seen[2];
+    seen_places(&w->axis[X].a, t->group[X], first, attn_min_i64(first + w->block, t->query[X][1]), seen);
+    return w->columns == 0 ? 0 : attn_max_i64(0, attn_min_i64(seen[0] - t->key[X][0], grid_task_extent(t, X) - w->columns));
+}
+
 int64_t attn_grid_tiles(const grid_work *w, const grid_task *t)
 {
     return (t->query[Z][1] - t->query[Z][0]) * attn_ceil_div(t->query[Y][1] - t->query[Y][0], w->tile_y);
@@ -332,18 +351,20 @@ int64_t attn_grid_tiles(const grid_work *w, const grid_task *t)
 int64_t attn_grid_tile(const grid_work *w, const grid_task *t, int64_t tile, grid_row *rows)
 {
     int64_t columns = attn_ceil_div(t->query[Y][1] - t->query[Y][0], w->tile_y), count = 0;
-    int64_t z = t->query[Z][0] + tile / columns, y0 = t->query[Y][0] + tile % columns * w->tile_y;
-    for (int64_t y = y0; y < attn_min_i64(y0 + w->tile_y, t->query[Y][1]); y++) {
-        for (int64_t x = t->query[X][0]; x < t->query[X][1]; x++) {
+    int64_t z = t->query[Z][0] + tile / columns, y0 = t->query[Y][0] + tile % columns * w->tile_y, y1 = attn_min_i64(y0 + w->tile_y, t->query[Y][1]);
+    for (int64_t x0 = t->query[X][0], x1, block = 0; x0 < t->query[X][1]; x0 = x1, block++) {
+        x1 = attn_min_i64(x0 + w->block, t->query[X][1]);
+        int64_t column = column_at(w, t, x0);
+        for (int64_t i = 0; i < (y1 - y0) * (x1 - x0); i++) {
             grid_row *row = &rows[count++];
-            *row = (grid_row){.place = {z, y, x}};
-            for (int i = 0; i < 3; i++) {
-                int64_t number = query_number(&w->axis[i].a, t->group[i], row->place[i]);
-                row->token += number * w->axis[i].query_step;
-                row->start[i] = w->axis[i].a.start[number] - t->key[i][0];
-                row->end[i] = w->axis[i].a.end[number] - t->key[i][0];
-                if (row->start[i] >= row->end[i]) {
-                    row->start[i] = row->end[i] = 0;
+            *row = (grid_row){.place = {z, y0 + i / (x1 - x0), x0 + i % (x1 - x0)}, .block = block, .column = column};
+            for (int a = 0; a < 3; a++) {
+                int64_t number = query_number(&w->axis[a].a, t->group[a], row->place[a]);
+                row->token += number * w->axis[a].query_step;
+                row->start[a] = w->axis[a].a.start[number] - t->key[a][0];
+                row->end[a] = w->axis[a].a.end[number] - t->key[a][0];
+                if (row->start[a] >= row->end[a]) {
+                    row->start[a] = row->end[a] = 0;
                 }
             }
         }
@@ -351,9 +372,18 @@ int64_t attn_grid_tile(const grid_work *w, const grid_task *t, int64_t tile, gri
     return count;
 }
 
+int64_t attn_grid_unit(const grid_work *w, const grid_row *rows, int64_t count)
+{
+    int64_t most = attn_min_i64(w->unit, count), lines = w->columns > 0 ? w->unit / w->block : w->unit, unit = 1;
+    while (unit < most && rows[unit].block == rows[0].block && rows[unit].place[Y] < rows[0].place[Y] + lines) {
+        unit++;
+    }
+    return unit;
+}
+
 grid_union attn_grid_union(const grid_row *rows, int64_t count)
 {
-    grid_union u = {.start = {INT64_MAX, INT64_MAX}, .alike = 1};
+    grid_union u = {.start = {INT64_MAX, INT64_MAX}};
     for (int64_t r = 0; r < count; r++) {
         const grid_row *row = &rows[r];
         for (int i = 0; i < 2; i++) {
@@ -361,13 +391,45 @@ grid_union attn_grid_union(const grid_row *rows, int64_t count)
                 u.start[i] = attn_min_i64(u.start[i], row->start[i]);
                 u.end[i] = attn_max_i64(u.end[i], row->end[i]);
             }
-            u.alike &= row->start[i] == rows[0].start[i] && row->end[i] == rows[0].end[i];
         }
     }
     for (int i = 0; i < 2; i++) {
         u.start[i] = attn_min_i64(u.start[i], u.end[i]);
     }
     return u;
+}
+
+int attn_grid_part_next(grid_part *part, const grid_task *t, const grid_row *rows, int64_t count, const grid_piece *piece)
+{
+    int64_t width = grid_task_extent(t, X), base = piece->z * grid_task_extent(t, Y), r = part->first + part->rows;
+    if (piece->z >= 0 && (piece->z < rows[0].start[Z] || piece->z >= rows[0].end[Z])) {
+        return 0;
+    }
+    do {
+        if (r >= count) { /* on to the next line where a row's window begins or ends */
+            if (part->to >= piece->last) {
+                return 0;
+            }
+            part->from = part->to;
+            part->to = piece->last;
+            for (int64_t i = 0; i < count && piece->z >= 0; i++) {
+                int64_t start = (base + rows[i].start[Y]) * width, end = (base + rows[i].end[Y]) * width;
+                part->to = start > part->from ? attn_min_i64(part->to, start) : part->to;
+                part->to = end > part->from ? attn_min_i64(part->to, end) : part->to;
+            }
+            r = 0;
+        }
+        int64_t y = piece->z < 0 ? 0 : part->from / width - base;
+        while (r < count && piece->z >= 0 && (y < rows[r].start[Y] || y >= rows[r].end[Y])) {
+            r++;
+        }
+        part->first = r;
+        while (r < count && (piece->z < 0 || (y >= rows[r].start[Y] && y < rows[r].end[Y]))) {
+            r++;
+        }
+        part->rows = r - part->first;
+    } while (part->rows == 0);
+    return 1;
 }
 
 void attn_grid_walk_begin(grid_walk *walk, const grid_task *t, grid_union tile)
@@ -410,6 +472,38 @@ int64_t attn_grid_walk_next(grid_walk *walk, const grid_work *w, const grid_task
     return count == 0 && walk->z >= 0 && walk->z >= walk->tile.end[0] ? attn_grid_walk_next(walk, w, t, step, pieces) : count;
 }
 
+/* ---- Products ---- */
+
+void attn_grid_products(const grid_work *w, const grid_task *t, int64_t count, const float *a, int64_t lda, int64_t width, const float *panels,
+                        int64_t from, int64_t to, int64_t column, float *c, int64_t ldc)
+{
+    const attn_tile_kernels *kernels = w->kernels;
+    int64_t vw = kernels->vw, nr = kernels->nr, across = grid_task_extent(t, X), first = from / vw * vw;
+    for (int64_t j = 0; j < w->columns; j += vw) {
+        kernels->product_apart(count, (to - from) / across, width, a, lda, panels + from * width + column + j, across, across * width, c + j, ldc,
+                               w->columns);
+    }
+    c -= from - first;
+    for (int64_t some; w->columns == 0 && first < to; first += some, c += some) { /* to the end of a panel, then the other ones */
+        int64_t inside = first % nr;
+        some = inside > 0 ? attn_min_i64(to - first, nr - inside) : to - first;
+        kernels->product(count, some, width, a, lda, 1, panels + (first - inside) * width + inside, nr, nr * width, c, ldc, 0);
+    }
+}
+
+void attn_grid_add(const grid_work *w, const grid_task *t, int64_t count, const float *s, int64_t lds, int64_t from, int64_t to, int64_t column,
+                   const float *rows, const float *tensor, int64_t pair, int64_t pad, float *to_rows)
+{
+    const grid_axis *y = &w->axis[Y];
+    if (w->columns > 0) {
+        w->kernels->product_runs(count, pad, (to - from) / grid_task_extent(t, X), w->columns, s, lds,
+                                 tensor + (pair * w->m + attn_grid_key_token(w, t, from) + column) * pad, pad, y->a.dilation * y->key_step * pad,
+                                 to_rows, pad, 1);
+    } else {
+        w->kernels->product(count, pad, to - from, s, lds, 1, rows + from * pad, pad, w->kernels->nr, to_rows, pad, 1);
+    }
+}
+
 /* ---- Masks ---- */
 
 int attn_grid_bounds(const grid_work *w, const grid_task *t, int64_t length, float *bounds)
@@ -418,7 +512,7 @@ int attn_grid_bounds(const grid_work *w, const grid_task *t, int64_t length, flo
     int64_t width = w->columns > 0 ? w->columns : grid_task_extent(t, X);
     int hidden = 0;
     for (int64_t p = t->query[X][0]; p < t->query[X][1]; p++, bounds += length) {
-        int64_t i = query_number(&x->a, t->group[X], p), first = t->key[X][0] + (w->columns > 0 ? attn_grid_column(w, t, p) : 0);
+        int64_t i = query_number(&x->a, t->group[X], p), first = t->key[X][0] + column_at(w, t, p);
         int64_t start = x->a.start[i] - first, end = x->a.end[i] - first;
         hidden |= start > 0 || end < width;
         for (int64_t j = 0; j < attn_min_i64(width, length); j++) {
@@ -432,18 +526,14 @@ int attn_grid_bounds(const grid_work *w, const grid_task *t, int64_t length, flo
 }
 
 void attn_grid_mask(const grid_work *w, const grid_task *t, const grid_row *row, const grid_piece *piece, int64_t first, int64_t count,
-                    int64_t from, int64_t to, const float *bounds, int alike, float *s)
+                    const float *bounds, float *s)
 {
-    int64_t width = grid_task_extent(t, X), base = piece->z * grid_task_extent(t, Y);
+    int64_t from, to;
     if (piece->z >= 0 && bounds != NULL) {
-        w->kernels->limit(s, bounds + first % width, count);
+        w->kernels->limit(s, bounds + (w->columns > 0 ? 0 : first % grid_task_extent(t, X)), count);
     }
-    if (piece->z >= 0 && !alike) {
-        int seen = piece->z >= row->start[Z] && piece->z < row->end[Z];
-        from = attn_max_i64(from, (base + row->start[Y]) * width);
-        to = seen ? attn_min_i64(to, (base + row->end[Y]) * width) : from;
-    }
-    if (from > first || to < first + count) {
+    grid_row_keys(t, row, piece, &from, &to);
+    if (w->columns == 0 && (from > first || to < first + count)) {
         attn_dense_mask_row(s, first, count, from, to);
     }
 }

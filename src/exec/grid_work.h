@@ -30,7 +30,8 @@ typedef struct grid_work {
     int64_t d_pad, dv_pad, group, pairs;
     int64_t unit;           /* queries that take the same keys */
     int64_t tile_y, tile_x; /* extents of a tile of queries */
-    int64_t columns; /* that a unit takes of each row of the box, in whole vectors; 0: rows whole */
+    int64_t block;          /* queries of a row of the tile that may form a unit with those below them */
+    int64_t columns;        /* that a unit takes of each row of the box, in whole vectors; 0: rows whole */
     grid_task *tasks;
     int64_t task_count;
     int64_t box_keys;  /* the most keys of a task, extra ones included, in whole panels */
@@ -38,9 +39,9 @@ typedef struct grid_work {
     size_t bias_count; /* numbers of a head's bias */
 } grid_work;
 
-/* A query of a tile; its window is relative to the task's box. */
+/* A query of a tile; its window is relative to the task's box. column: the first one that its unit takes. */
 typedef struct grid_row {
-    int64_t token, place[3], start[3], end[3];
+    int64_t token, place[3], start[3], end[3], block, column;
 } grid_row;
 
 /* A run of keys of the box with one z; z = -1: extra keys. */
@@ -48,14 +49,13 @@ typedef struct grid_piece {
     int64_t z, first, last;
 } grid_piece;
 
-/* What rows see together: z and y ranges; alike: all see the same of both. */
+/* What rows see together: z and y ranges. */
 typedef struct grid_union {
     int64_t start[2], end[2];
-    int alike;
 } grid_union;
 
-/* The unit is chosen between the two, every second size. Small windows are cheaper when units, then of neighbouring x, take some columns of
- * wide boxes; narrow: that is allowed. */
+/* The unit is chosen between the two, every second size. Small windows are cheaper when units, then of few neighbouring x, take some columns
+ * of wide boxes; narrow: that is allowed. */
 attn_status attn_grid_work_create(grid_work *w, const attn_grid *grid, int64_t least_unit, int64_t most_unit, int narrow, attn_arena *arena);
 
 static inline int64_t grid_task_extent(const grid_task *t, int axis) { return t->key[axis][1] - t->key[axis][0]; }
@@ -74,15 +74,25 @@ typedef struct grid_packing {
     int64_t key, left, token; /* the next key; keys left in its row of the box, and the token before it */
 } grid_packing;
 
+/* Ask memory, while a unit of `count` rows is computed, for what the next tile will need: rows of a tensor [N][width] that belong to the
+ * queries below, and with columns (packing whole boxes waits little) the unit's share of keys and values from *key on, which is moved. */
+void attn_grid_ahead_rows(const grid_work *w, const grid_task *t, const grid_row *rows, int64_t count, const float *tensor, int64_t width);
+void attn_grid_ahead_keys(const grid_work *w, const grid_task *t, int64_t *key, int64_t count, int64_t rows, int64_t pair);
 /* Keys of the box up to `to` and a panel's end, of key/value head `pair` of `from`: as rows [keys][pad], zero-padded, into `rows`, and
- * transposed in panels of nr keys into `panels`; either may be NULL. scratch: [nr][width]. */
+ * transposed in panels of nr keys into `panels`; either may be NULL. scratch: [nr][width]. With columns, panels are rows of the box, and
+ * `rows` is not written. */
 void attn_grid_pack(const grid_work *w, const grid_task *t, grid_packing *packing, int64_t to, int64_t pair, const float *from,
                     int64_t width, int64_t pad, float *rows, float *panels, float *scratch);
-/* Rows [*row, to) of the box, each transposed by itself: panels [rows][width][keys of a row]. */
-void attn_grid_pack_rows(const grid_work *w, const grid_task *t, int64_t *row, int64_t to, int64_t pair, const float *from, int64_t width,
-                         float *panels);
-/* The first of the columns that the unit of query x (a place) takes. */
-int64_t attn_grid_column(const grid_work *w, const grid_task *t, int64_t x);
+/* Keys of a box that a step of `most` columns holds. */
+static inline int64_t grid_step(const grid_work *w, const grid_task *t, int64_t most)
+{
+    return w->columns > 0 ? most / w->columns * grid_task_extent(t, 2) : most;
+}
+/* Where a key of the box stands among the columns of a unit, which may leave out some of each row. */
+static inline int64_t grid_column_of(const grid_work *w, const grid_task *t, int64_t key)
+{
+    return w->columns > 0 ? key / grid_task_extent(t, 2) * w->columns : key;
+}
 /* The same for extra keys, at once. */
 void attn_grid_pack_extra(const grid_work *w, const grid_task *t, int64_t pair, const float *extra, int64_t width, int64_t pad,
                           float *rows, float *panels, float *scratch);
@@ -96,9 +106,11 @@ static inline int64_t grid_tile_end(const grid_task *t, const grid_union *tile)
 /* Token of a key of the box. */
 int64_t attn_grid_key_token(const grid_work *w, const grid_task *t, int64_t key);
 
-/* The queries of tile number `tile` of a task; returns how many. */
+/* The queries of tile number `tile` of a task, block after block; returns how many. */
 int64_t attn_grid_tiles(const grid_work *w, const grid_task *t);
 int64_t attn_grid_tile(const grid_work *w, const grid_task *t, int64_t tile, grid_row *rows);
+/* How many of the next `count` rows form a unit. */
+int64_t attn_grid_unit(const grid_work *w, const grid_row *rows, int64_t count);
 
 grid_union attn_grid_union(const grid_row *rows, int64_t count);
 
@@ -110,26 +122,45 @@ typedef struct grid_walk {
 void attn_grid_walk_begin(grid_walk *walk, const grid_task *t, grid_union tile);
 int64_t attn_grid_walk_next(grid_walk *walk, const grid_work *w, const grid_task *t, int64_t step, grid_piece *pieces);
 
-/* The keys [*from, *to) of a piece that any of the united rows may see. */
-static inline void grid_part(const grid_task *t, const grid_union *u, const grid_piece *piece, int64_t *from, int64_t *to)
+/* Keys [from, to) of a piece, and rows [first, first + rows) of a unit that see all of them but for x. A unit's rows have one z. */
+typedef struct grid_part {
+    int64_t from, to, first, rows;
+} grid_part;
+static inline grid_part grid_part_begin(const grid_piece *piece, int64_t count)
+{
+    return (grid_part){.from = piece->first, .to = piece->first, .first = count};
+}
+/* The next part of a piece for a unit of `count` rows; 0 at the end. */
+int attn_grid_part_next(grid_part *part, const grid_task *t, const grid_row *rows, int64_t count, const grid_piece *piece);
+
+/* c [count][ldc] = a [count][width] times keys [from, to) of packed panels, the first at c[0], those before it in its vector before that. Units
+ * that take columns of the box begin with `column`. */
+void attn_grid_products(const grid_work *w, const grid_task *t, int64_t count, const float *a, int64_t lda, int64_t width, const float *panels,
+                        int64_t from, int64_t to, int64_t column, float *c, int64_t ldc);
+/* to [count][pad] += s [count][lds] times rows of the same keys: packed ones, or, with columns, from tensor [pairs][M][pad] where they lie. */
+void attn_grid_add(const grid_work *w, const grid_task *t, int64_t count, const float *s, int64_t lds, int64_t from, int64_t to, int64_t column,
+                   const float *rows, const float *tensor, int64_t pair, int64_t pad, float *to_rows);
+
+/* The keys [*from, *to) of a piece that a row sees, but for x; *from >= *to: none. */
+static inline void grid_row_keys(const grid_task *t, const grid_row *row, const grid_piece *piece, int64_t *from, int64_t *to)
 {
     *from = piece->first;
     *to = piece->last;
     if (piece->z >= 0) {
         int64_t width = grid_task_extent(t, 2), base = piece->z * grid_task_extent(t, 1);
-        int seen = piece->z >= u->start[0] && piece->z < u->end[0];
-        *from = attn_max_i64(*from, (base + u->start[1]) * width);
-        *to = seen ? attn_min_i64(*to, (base + u->end[1]) * width) : *from;
+        int seen = piece->z >= row->start[0] && piece->z < row->end[0];
+        *from = attn_max_i64(*from, (base + row->start[1]) * width);
+        *to = seen ? attn_min_i64(*to, (base + row->end[1]) * width) : *from;
     }
 }
 
-/* -inf for what a row does not see of keys [first, first + count) of a piece, of which only [from, to) belong to it. bounds: of the row's
- * x, from attn_grid_bounds, or NULL when it sees whole rows; alike: its unit's rows see whole [from, to) but for x. */
+/* -inf for what a row does not see of a piece's keys [first, first + count). bounds: of the row's x, from attn_grid_bounds, or NULL when it
+ * sees whole rows. */
 void attn_grid_mask(const grid_work *w, const grid_task *t, const grid_row *row, const grid_piece *piece, int64_t first, int64_t count,
-                    int64_t from, int64_t to, const float *bounds, int alike, float *s);
+                    const float *bounds, float *s);
 
-/* For each x of a strip: +inf for keys of a row of the box (or of its unit's columns) that it sees, -inf for others, repeated. Returns whether any is hidden. Each
- * of the tile_x tables holds grid_bounds_length() numbers. */
+/* For each x of a strip: +inf for keys of a row of the box (or of its unit's columns) that it sees, -inf for others, repeated. Returns whether
+ * any is hidden. Each of the tile_x tables holds grid_bounds_length() numbers. */
 static inline int64_t grid_bounds_length(const grid_work *w, int64_t step) { return w->box_width + step + w->kernels->nr; }
 int attn_grid_bounds(const grid_work *w, const grid_task *t, int64_t length, float *bounds);
 

@@ -110,9 +110,12 @@ static void product(int64_t m, int64_t n, int64_t k, const float *a, int64_t a_r
 static void product_apart(int64_t m, int64_t vectors, int64_t k, const float *a, int64_t a_row, const float *b, int64_t ldb,
                           int64_t b_step, float *c, int64_t ldc, int64_t c_step)
 {
-    for (int64_t j = 0; j < vectors; j += NV) {
+    int64_t tiles = (vectors + NV - 1) / NV; /* of about equal width: a narrow one would wait for its own sums */
+    for (int64_t t = 0, j, next = 0; t < tiles; t++) {
+        j = next;
+        next = vectors * (t + 1) / tiles;
         for (int64_t i = 0; i < m; i += MR) {
-            micro_tile((int)(vectors - j < NV ? vectors - j : NV), (int)(m - i < MR ? m - i : MR), k, a + i * a_row, a_row, 1,
+            micro_tile((int)(next - j), (int)(m - i < MR ? m - i : MR), k, a + i * a_row, a_row, 1,
                        b + j * b_step, ldb, c + i * ldc + j * c_step, ldc, VW, 0, (spread){b_step, c_step, 0, 0});
         }
     }
