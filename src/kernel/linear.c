@@ -201,8 +201,11 @@ static void fade(int64_t count, int64_t width, float *rows, int64_t ld, const fl
 
 VINLINE vf v_sigmoid(vf x)
 {
-    vf one = v_set1(1.0f);
-    return v_div(one, v_add(one, v_exp(v_sub(v_zero(), x))));
+    /* e^-x as a power of two, to 1e-7 for -8 < x: where the exponential is small beside 1, its digits do not matter. */
+    vf one = v_set1(1.0f), to2 = v_set1(1.44269504088896341f);
+    x = v_max(v_set1(-89.0f), v_min(v_set1(104.0f), x));
+    vf n = v_round(v_mul(x, to2));
+    return v_div(one, v_add(one, v_scale2(v_exp2_rest(v_fnma(x, to2, n)), v_sub(v_zero(), n))));
 }
 
 static void sigmoid(float *to, const float *from, int64_t count)

@@ -12,6 +12,7 @@
 #include <string.h>
 
 #define TILE 48  /* tokens: whole tiles of 6 or 4 rows and of 16 columns */
+#define NEAR 131072 /* mapped numbers of both sides that stay in the second-level cache, so that they are kept instead of mapped twice */
 #define STRIPE 6 /* rows that share their last visible column */
 
 /* Sums of rows, two for the keys and two for the queries: plain, and each row by its count over its flow. */
@@ -20,8 +21,9 @@ enum { PLAIN, SHARED, SUMS };
 /* One side: queries or keys of a head. */
 typedef struct side {
     const float *x;        /* [count][d], not mapped */
-    int64_t count;
-    float *mapped;         /* [count or TILE][dp] */
+    int64_t count, kept;   /* kept: rows of `mapped` that stay; 0: only the current tile is there */
+    float *mapped;         /* [kept or TILE][dp] */
+    float *rows;           /* the current tile in it */
     double *sum[SUMS];     /* [d] */
     float *base;           /* [SUMS + 1][dp]: the sums plus eps, and ones */
     double total[SUMS];    /* sum of (sum + eps) */
@@ -42,15 +44,18 @@ typedef struct work {
     float *numbers;            /* [TILE] */
     float *values;             /* [TILE][vp]: competition * v */
     float *state;              /* [d][vp] */
-    attn_ahead ahead;          /* of the next tile (with causal) */
+    attn_ahead ahead;          /* of the next tile */
 } work;
 
 static int64_t padded(int64_t count) { return (count + 15) / 16 * 16; }
 
+/* Of a side of `count` rows. */
+static int64_t kept(const attn_flow *f, int64_t count) { return f->causal || (f->n + f->m) * padded(f->d) > NEAR ? 0 : count; }
+
 static size_t work_floats(const attn_flow *f)
 {
-    int64_t dp = padded(f->d), vp = padded(f->dv), stored = f->causal ? 2 * TILE : f->n + f->m;
-    return (size_t)(stored * dp + 2 * (2 * SUMS * dp + (2 * SUMS + 1) * dp + (3 * SUMS + 1) * TILE) + f->d * TILE + 2 * TILE * TILE +
+    int64_t dp = padded(f->d), vp = padded(f->dv), stored = kept(f, f->n) + kept(f, f->m);
+    return (size_t)((stored > 0 ? stored : 2 * TILE) * dp + 2 * (2 * SUMS * dp + (2 * SUMS + 1) * dp + (3 * SUMS + 1) * TILE) + f->d * TILE + 2 * TILE * TILE +
                     (f->causal ? 0 : padded(f->n)) + TILE + TILE * vp + f->d * vp);
 }
 
@@ -61,12 +66,13 @@ static float *take(float **memory, int64_t count)
     return taken;
 }
 
-static void side_init(side *s, int64_t rows, int64_t dp, float **memory)
+static void side_init(side *s, int64_t kept_rows, int64_t dp, float **memory)
 {
+    s->kept = kept_rows;
     for (int i = 0; i < SUMS; i++) {
         s->sum[i] = (double *)(void *)take(memory, 2 * dp);
     }
-    s->mapped = take(memory, rows * dp);
+    s->mapped = take(memory, (kept_rows > 0 ? kept_rows : TILE) * dp);
     s->base = take(memory, (SUMS + 1) * dp);
     s->recent = take(memory, SUMS * dp);
     s->dots = take(memory, (SUMS + 1) * TILE);
@@ -81,8 +87,8 @@ static void work_init(work *w, const attn_flow *f, float *memory)
 {
     memset(memory, 0, work_floats(f) * sizeof(float)); /* what pads rows is read */
     *w = (work){.f = f, .tile = attn_tile_kernels_get(), .decode = attn_decode_kernels_get(), .dp = padded(f->d), .vp = padded(f->dv)};
-    side_init(&w->q, f->causal ? TILE : f->n, w->dp, &memory);
-    side_init(&w->k, f->causal ? TILE : f->m, w->dp, &memory);
+    side_init(&w->q, kept(f, f->n), w->dp, &memory);
+    side_init(&w->k, kept(f, f->m), w->dp, &memory);
     w->kt = take(&memory, f->d * TILE);
     w->lower = take(&memory, TILE * TILE);
     w->upper = take(&memory, TILE * TILE);
@@ -116,23 +122,25 @@ static void side_begin(const work *w, side *s, const float *x, int64_t count)
     }
 }
 
-static void map_rows(const work *w, const side *s, int64_t first, int64_t count, float *to)
+static int64_t left(int64_t count, int64_t first) { return attn_min_i64(TILE, count - first); }
+
+/* The tile of rows from `first` on, mapped; again: for the second time. Its number of rows. */
+static int64_t map_rows(const work *w, side *s, int64_t first, int again)
 {
     const attn_flow *f = w->f;
-    if (f->d == w->dp) {
-        attn_flow_map(f->kernel, s->x + first * f->d, to, count * f->d);
-        return;
+    int64_t count = left(s->count, first), rows = f->d == w->dp ? 1 : count, width = count * f->d / rows;
+    s->rows = s->mapped + (s->kept > 0 ? first * w->dp : 0);
+    for (int64_t r = 0; r < (again && s->kept > 0 ? 0 : rows); r++) {
+        attn_flow_map(f->kernel, s->x + first * f->d + r * width, s->rows + r * w->dp, width);
     }
-    for (int64_t r = 0; r < count; r++) {
-        attn_flow_map(f->kernel, s->x + (first + r) * f->d, to + r * w->dp, f->d);
-    }
+    return count;
 }
 
 /* Add the tile's rows, weighted, to sums low ... high - 1. */
-static void gather(const work *w, side *s, const float *rows, int64_t count, int low, int high)
+static void gather(const work *w, side *s, int64_t count, int low, int high)
 {
     memset(s->recent, 0, (size_t)(SUMS * w->dp) * sizeof(float));
-    w->decode->values(s->recent, w->dp, s->weights + low * TILE, TILE, high - low, rows, ATTN_F32, w->dp, count, w->dp);
+    w->decode->values(s->recent, w->dp, s->weights + low * TILE, TILE, high - low, s->rows, ATTN_F32, w->dp, count, w->dp);
     for (int i = low; i < high; i++) {
         for (int64_t c = 0; c < w->f->d; c++) {
             s->sum[i][c] += (double)s->recent[(i - low) * w->dp + c];
@@ -141,12 +149,10 @@ static void gather(const work *w, side *s, const float *rows, int64_t count, int
 }
 
 /* dots: the tile's rows times base low ... high - 1. */
-static void project(const work *w, side *s, const float *base, const float *rows, int64_t count, int bases)
+static void project(const work *w, side *s, const float *base, int64_t count, int bases)
 {
-    w->decode->scores(s->dots, TILE, base, w->dp, bases, rows, ATTN_F32, w->dp, count, w->dp);
+    w->decode->scores(s->dots, TILE, base, w->dp, bases, s->rows, ATTN_F32, w->dp, count, w->dp);
 }
-
-static int64_t left(int64_t count, int64_t first) { return attn_min_i64(TILE, count - first); }
 
 /* rows of values times weights: what the state and the output of a tile read. */
 static void weigh_values(const work *w, const float *v, const float *weights, int64_t count)
@@ -156,10 +162,11 @@ static void weigh_values(const work *w, const float *v, const float *weights, in
     }
 }
 
-static void advance(work *w, const float *keys, int64_t count)
+/* state += the tile's keys times values. */
+static void advance(work *w, int64_t count)
 {
     for (int64_t c = 0; c < w->f->d; c += 2 * STRIPE) {
-        w->tile->product(attn_min_i64(2 * STRIPE, w->f->d - c), w->f->dv, count, keys + c, 1, w->dp, w->values, w->vp, w->tile->nr,
+        w->tile->product(attn_min_i64(2 * STRIPE, w->f->d - c), w->f->dv, count, w->k.rows + c, 1, w->dp, w->values, w->vp, w->tile->nr,
                          w->state + c * w->vp, w->vp, 1);
         attn_ahead_share(&w->ahead);
     }
@@ -171,9 +178,7 @@ static void sum_keys(work *w)
 {
     side *k = &w->k;
     for (int64_t j = 0; j < k->count; j += TILE) {
-        int64_t count = left(k->count, j);
-        map_rows(w, k, j, count, k->mapped + j * w->dp);
-        gather(w, k, k->mapped + j * w->dp, count, PLAIN, SHARED);
+        gather(w, k, map_rows(w, k, j, 0), PLAIN, SHARED);
     }
     settle(w, k, PLAIN);
 }
@@ -194,19 +199,17 @@ static void sum_queries(work *w)
 {
     side *q = &w->q;
     for (int64_t i = 0; i < q->count; i += TILE) {
-        int64_t count = left(q->count, i);
-        float *rows = q->mapped + i * w->dp;
-        map_rows(w, q, i, count, rows);
-        project(w, q, w->k.base, rows, count, 1);
+        int64_t count = map_rows(w, q, i, 0);
+        project(w, q, w->k.base, count, 1);
         share(w, q, &w->k, count, w->flow + i);
-        gather(w, q, rows, count, PLAIN, SUMS);
+        gather(w, q, count, PLAIN, SUMS);
     }
     settle(w, q, PLAIN);
     settle(w, q, SHARED);
 }
 
-/* The shared sum of keys, and state = the sum of keys times competition * values. The softmax over all sources goes by tiles: whatever came before is scaled down when
- * the largest flow grows. */
+/* The shared sum of keys, and state = the sum of keys times competition * values. The softmax over all sources goes by tiles: whatever came
+ * before is scaled down when the largest flow grows. */
 static void collect(work *w, const float *v, float *competition)
 {
     const attn_flow *f = w->f;
@@ -215,13 +218,15 @@ static void collect(work *w, const float *v, float *competition)
     double sum = 0;
     memset(w->state, 0, (size_t)(f->d * w->vp) * sizeof(float));
     for (int64_t j = 0; j < f->m; j += TILE) {
-        int64_t count = left(f->m, j);
-        const float *rows = k->mapped + j * w->dp;
+        int64_t count = map_rows(w, k, j, 1), next = j + count, more = left(f->m, next);
         float before = top;
         uint8_t clipped;
-        project(w, k, w->q.base, rows, count, SUMS);
+        w->ahead = (attn_ahead){.shares = (int)attn_ceil_div(f->d, 2 * STRIPE)};
+        attn_ahead_add(&w->ahead, k->x + next * f->d, more * f->d);
+        attn_ahead_add(&w->ahead, v + next * f->dv, more * f->dv);
+        project(w, k, w->q.base, count, SUMS);
         share(w, k, &w->q, count, NULL);
-        gather(w, k, rows, count, SHARED, SUMS);
+        gather(w, k, count, SHARED, SUMS);
         for (int64_t r = 0; r < count; r++) {
             w->numbers[r] = (float)attn_flow_limit((double)k->dots[SHARED * TILE + r] + f->eps * w->q.total[SHARED], f->clamp, &clipped);
             top = w->numbers[r] > top ? w->numbers[r] : top;
@@ -242,7 +247,7 @@ static void collect(work *w, const float *v, float *competition)
             sum += (double)w->numbers[r];
         }
         weigh_values(w, v + j * f->dv, w->numbers, count);
-        advance(w, rows, count);
+        advance(w, count);
     }
     settle(w, k, SHARED);
     double each = (double)f->m / sum;
@@ -263,14 +268,20 @@ static void hand_out(work *w, float *o, float *allocation)
     side *q = &w->q;
     double ratio = (double)f->n / (double)f->m;
     for (int64_t i = 0; i < f->n; i += TILE) {
-        int64_t count = left(f->n, i);
-        const float *rows = q->mapped + i * w->dp;
-        project(w, q, w->k.base + SHARED * w->dp, rows, count, 1);
+        int64_t count = map_rows(w, q, i, 1), next = i + count, more = left(f->n, next);
+        w->ahead = (attn_ahead){.shares = TILE / STRIPE};
+        attn_ahead_add(&w->ahead, q->x + next * f->d, more * f->d);
+        attn_ahead_add(&w->ahead, o + next * f->dv, more * f->dv);
+        project(w, q, w->k.base + SHARED * w->dp, count, 1);
         for (int64_t r = 0; r < count; r++) {
             w->numbers[r] = (float)(((double)q->dots[r] + f->eps * w->k.total[SHARED]) * ratio);
         }
         attn_linear_kernels_get()->sigmoid(w->numbers, w->numbers, count);
-        w->tile->product(count, f->dv, f->d, rows, w->dp, 1, w->state, w->vp, w->tile->nr, o + i * f->dv, f->dv, 0);
+        for (int64_t r = 0; r < count; r += STRIPE) {
+            w->tile->product(attn_min_i64(STRIPE, count - r), f->dv, f->d, q->rows + r * w->dp, w->dp, 1, w->state, w->vp, w->tile->nr,
+                             o + (i + r) * f->dv, f->dv, 0);
+            attn_ahead_share(&w->ahead);
+        }
         for (int64_t r = 0; r < count; r++) {
             w->tile->scale(o + (i + r) * f->dv, f->dv, w->numbers[r] / w->flow[i + r]);
         }
@@ -311,9 +322,9 @@ static double share_of(prefix *p, double x)
 /* lower and upper: products of the tile's queries (rows) with its keys up to the query, and from it on. */
 static void triangles(work *w, int64_t count)
 {
-    w->tile->pack_transposed(w->kt, TILE, w->k.mapped, ATTN_F32, w->dp, count, w->f->d);
+    w->tile->pack_transposed(w->kt, TILE, w->k.rows, ATTN_F32, w->dp, count, w->f->d);
     for (int64_t r = 0; r < count; r += STRIPE) {
-        w->tile->product(attn_min_i64(STRIPE, count - r), count, w->f->d, w->q.mapped + r * w->dp, w->dp, 1, w->kt, TILE, w->tile->nr,
+        w->tile->product(attn_min_i64(STRIPE, count - r), count, w->f->d, w->q.rows + r * w->dp, w->dp, 1, w->kt, TILE, w->tile->nr,
                          w->upper + r * TILE, TILE, 0);
         attn_ahead_share(&w->ahead);
     }
@@ -346,8 +357,8 @@ static void tile_flows(work *w, int64_t first, int64_t count, prefix *softmax, f
 {
     side *q = &w->q, *k = &w->k;
     double ones_q = 0, ones_k = 0;
-    project(w, q, k->base, q->mapped, count, SUMS + 1);
-    project(w, k, q->base, k->mapped, count, SUMS + 1);
+    project(w, q, k->base, count, SUMS + 1);
+    project(w, k, q->base, count, SUMS + 1);
     triangles(w, count);
     sum_triangles(w, count, PLAIN);
     for (int64_t r = 0; r < count; r++) {
@@ -370,7 +381,7 @@ static void tile_flows(work *w, int64_t first, int64_t count, prefix *softmax, f
     attn_linear_kernels_get()->sigmoid(allocation, allocation, count);
     for (int which = PLAIN; which < SUMS; which++) {
         side *s = which == PLAIN ? q : k;
-        gather(w, s, s->mapped, count, PLAIN, SUMS);
+        gather(w, s, count, PLAIN, SUMS);
         settle(w, s, PLAIN);
         settle(w, s, SHARED);
     }
@@ -383,16 +394,15 @@ static void causal_head(work *w, const float *v, float *o, float *competition, f
     float own[TILE];
     memset(w->state, 0, (size_t)(f->d * w->vp) * sizeof(float));
     for (int64_t first = 0; first < f->n; first += TILE) {
-        int64_t count = left(f->n, first);
-        int64_t next = first + count, more = attn_min_i64(TILE, f->n - next);
+        int64_t count = left(f->n, first), next = first + count, more = left(f->n, next);
         float *to = o + first * f->dv, *allotted = allocation != NULL ? allocation + first : own;
         w->ahead = (attn_ahead){.shares = 3 * TILE / STRIPE};
         attn_ahead_add(&w->ahead, w->q.x + next * f->d, more * f->d);
         attn_ahead_add(&w->ahead, w->k.x + next * f->d, more * f->d);
         attn_ahead_add(&w->ahead, v + next * f->dv, more * f->dv);
         attn_ahead_add(&w->ahead, o + next * f->dv, more * f->dv);
-        map_rows(w, &w->q, first, count, w->q.mapped);
-        map_rows(w, &w->k, first, count, w->k.mapped);
+        map_rows(w, &w->q, first, 0);
+        map_rows(w, &w->k, first, 0);
         tile_flows(w, first, count, &softmax, allotted);
         weigh_values(w, v + first * f->dv, w->numbers, count);
         for (int64_t r = 0; r < count; r += STRIPE) {
@@ -400,7 +410,7 @@ static void causal_head(work *w, const float *v, float *o, float *competition, f
             w->tile->product(rows, f->dv, r + rows, w->lower + r * TILE, TILE, 1, w->values, w->vp, w->tile->nr, to + r * f->dv, f->dv, 0);
             attn_ahead_share(&w->ahead);
             if (first > 0) {
-                w->tile->product(rows, f->dv, f->d, w->q.mapped + r * w->dp, w->dp, 1, w->state, w->vp, w->tile->nr, to + r * f->dv, f->dv, 1);
+                w->tile->product(rows, f->dv, f->d, w->q.rows + r * w->dp, w->dp, 1, w->state, w->vp, w->tile->nr, to + r * f->dv, f->dv, 1);
             }
             attn_ahead_share(&w->ahead);
         }
@@ -410,7 +420,7 @@ static void causal_head(work *w, const float *v, float *o, float *competition, f
         if (competition != NULL) {
             memcpy(competition + first, w->numbers, (size_t)count * sizeof(float));
         }
-        advance(w, w->k.mapped, count);
+        advance(w, count);
     }
 }
 
