@@ -190,11 +190,18 @@ void attn_arena_reset(attn_arena *arena)
 {
     note_peak(arena);
     if (arena->top->previous != NULL || arena->spare != NULL) {
-        /* Merge; when that is refused the last block alone remains. The others go first, so that the two do not add up. */
+        /* Merge; when that is refused the smallest block alone remains. The others go first, so that they do not add up with the new one. */
+        block *least = arena->top;
         attn_free(arena->spare);
-        blocks_free(arena->top->previous);
+        for (block *b = least->previous, *previous; b != NULL; b = previous) {
+            block *larger = b->capacity < least->capacity ? least : b;
+            previous = b->previous;
+            least = larger == b ? least : b;
+            attn_free(larger);
+        }
         arena->spare = NULL;
-        arena->top->previous = NULL;
+        arena->top = least;
+        least->previous = NULL;
         block *merged = block_create(arena->peak);
         if (merged != NULL) {
             attn_free(arena->top);

@@ -6,6 +6,7 @@
 #include <string.h>
 
 #define ROWS 48 /* rows that go through keys together which all of them see: a panel serves several tiles while it is in L1 */
+#define PACKED 8388608 /* bytes of packed keys from which on heads take turns */
 #define LDS (STAIRS_BLOCK_K + 16) /* of their scores: rows at a multiple of 2 KB would share the lines of the first-level cache */
 
 /* ---- What all passes share ---- */
@@ -111,7 +112,7 @@ static void pack_keys(const stairs_problem *p, const attn_stairs_head *head, int
     int64_t nr = p->kernels->nr;
     for (int64_t j = first, next; j < end; j = next) {
         int64_t column = j % nr;
-        float *panel = p->k + (head->kv * p->keys_pad + j - column) * p->d;
+        float *panel = p->k + (p->place[head->kv] * p->keys_pad + j - column) * p->d;
         next = attn_min_i64(end, j - column + nr);
         if (column == 0 && next - j < nr) {
             memset(panel, 0, (size_t)(p->d * nr) * sizeof *panel);
@@ -119,7 +120,7 @@ static void pack_keys(const stairs_problem *p, const attn_stairs_head *head, int
         p->kernels->pack_transposed(panel + column, nr, head->k + j * p->d, ATTN_F32, p->d, next - j, p->d);
     }
     if (p->v != NULL && first < end) {
-        attn_stairs_pad(p->kernels, p->v + (head->kv * p->keys + first) * p->dv_pad, head->v + first * p->dv, end - first, p->dv, p->dv_pad, 1);
+        attn_stairs_pad(p->kernels, p->v + (p->place[head->kv] * p->keys + first) * p->dv_pad, head->v + first * p->dv, end - first, p->dv, p->dv_pad, 1);
     }
 }
 
@@ -144,11 +145,14 @@ attn_status attn_stairs_prepare(stairs_problem *p, const attn_stairs *s, int bac
     if (p->relative && packed) {
         find_tables(p);
     }
-    int64_t kv = packed ? s->kv_count : 0, longest = p->keys;
-    p->k = attn_arena_array(arena, (size_t)(kv * p->keys_pad * p->d), sizeof(float));
-    p->v = p->dv != p->dv_pad && !backward ? attn_arena_array(arena, (size_t)(kv * p->keys * p->dv_pad), sizeof(float)) : NULL;
-    if (p->k == NULL || (p->v == NULL && p->dv != p->dv_pad && !backward)) {
-        return attn_fail_memory((size_t)(kv * p->keys_pad * (p->d + p->dv_pad)) * sizeof(float));
+    int64_t each = p->keys_pad * p->d * (int64_t)sizeof(float), turns = attn_ceil_div(p->group_count * each, PACKED);
+    int64_t some = attn_max_i64(threads, attn_ceil_div(p->group_count, attn_max_i64(1, turns)));
+    p->room = !packed ? 0 : backward || s->in_order ? s->kv_count : attn_min_i64(some, p->group_count);
+    p->place = attn_arena_array(arena, (size_t)s->kv_count, sizeof *p->place);
+    p->k = attn_arena_array(arena, (size_t)(p->room * p->keys_pad * p->d), sizeof(float));
+    p->v = p->dv != p->dv_pad && !backward ? attn_arena_array(arena, (size_t)(p->room * p->keys * p->dv_pad), sizeof(float)) : NULL;
+    if (p->place == NULL || p->k == NULL || (p->v == NULL && p->dv != p->dv_pad && !backward)) {
+        return attn_fail_memory((size_t)(p->room * p->keys_pad * (p->d + p->dv_pad)) * sizeof(float));
     }
     for (int64_t t = 0; t < p->table_count; t++) {
         stairs_table *table = &p->tables[t];
@@ -157,20 +161,30 @@ attn_status attn_stairs_prepare(stairs_problem *p, const attn_stairs *s, int bac
             return attn_fail_memory((size_t)(table->rows * (p->d + 1)) * sizeof(float));
         }
         table->bias = s->heads[table->head].rel_bias != NULL ? table->emb + table->rows * p->d : NULL;
-        longest = attn_max_i64(longest, table->rows);
-    }
-    int64_t chunks = attn_ceil_div(longest, STAIRS_BLOCK_K), all = packed && !s->in_order ? p->group_count + p->table_count : 0;
-#pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1 && all > 0)
-    for (int64_t i = 0; i < all * chunks; i++) {
-        int64_t which = i / chunks, first = i % chunks * STAIRS_BLOCK_K;
-        if (which < p->group_count) {
-            const stairs_group *group = &p->groups[which];
-            pack_keys(p, &s->heads[group->head], first, group->few ? 0 : attn_min_i64(first + STAIRS_BLOCK_K, group->end));
-        } else if (first < p->tables[which - p->group_count].rows) {
-            pack_table(p, &p->tables[which - p->group_count], first);
-        }
     }
     return ATTN_OK;
+}
+
+void attn_stairs_pack_groups(stairs_problem *p, int64_t first, int64_t next, int threads)
+{
+    int64_t longest = p->keys, tables = first == 0 ? p->table_count : 0;
+    for (int64_t g = first; g < next; g++) {
+        p->place[p->stairs->heads[p->groups[g].head].kv] = g - first;
+    }
+    for (int64_t t = 0; t < tables; t++) {
+        longest = attn_max_i64(longest, p->tables[t].rows);
+    }
+    int64_t chunks = attn_ceil_div(longest, STAIRS_BLOCK_K), all = p->room > 0 && !p->stairs->in_order ? next - first + tables : 0;
+#pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1 && all > 0)
+    for (int64_t i = 0; i < all * chunks; i++) {
+        int64_t which = i / chunks, at = i % chunks * STAIRS_BLOCK_K;
+        if (which < next - first) {
+            const stairs_group *group = &p->groups[first + which];
+            pack_keys(p, &p->stairs->heads[group->head], at, group->few ? 0 : attn_min_i64(at + STAIRS_BLOCK_K, group->end));
+        } else if (at < p->tables[which - (next - first)].rows) {
+            pack_table(p, &p->tables[which - (next - first)], at);
+        }
+    }
 }
 
 void attn_stairs_add_relative(const stairs_problem *p, int64_t h, int64_t r, int64_t rows, const float *rel_q, int64_t low, int64_t count,
@@ -244,7 +258,7 @@ static void attend(const stairs_problem *p, worker *w, int64_t h, int64_t first,
     const attn_stairs_head *head = &p->stairs->heads[h];
     const attn_tile_kernels *kernels = p->kernels;
     int64_t nr = kernels->nr, count = stairs_up(high - low, kernels->vw);
-    kernels->product(rows, count, p->d, w->q + r * p->d, p->d, 1, p->k + (head->kv * p->keys_pad + low) * p->d, nr, p->d * nr, w->s,
+    kernels->product(rows, count, p->d, w->q + r * p->d, p->d, 1, p->k + (p->place[head->kv] * p->keys_pad + low) * p->d, nr, p->d * nr, w->s,
                      LDS, 0);
     if (p->relative) {
         attn_stairs_add_relative(p, h, first + r, rows, w->rel_q + r * p->d, low, count, w->s, LDS, w->slice);
@@ -258,7 +272,7 @@ static void attend(const stairs_problem *p, worker *w, int64_t h, int64_t first,
             kernels->scale(w->o + (r + i) * p->dv_pad, p->dv_pad, w->alpha[i]);
         }
     }
-    const float *v = p->v != NULL ? p->v + (head->kv * p->keys + low) * p->dv_pad : head->v + low * p->dv;
+    const float *v = p->v != NULL ? p->v + (p->place[head->kv] * p->keys + low) * p->dv_pad : head->v + low * p->dv;
     kernels->product(rows, p->dv_pad, high - low, w->s, LDS, 1, v, p->dv_pad, nr, w->o + r * p->dv_pad, p->dv_pad, 1);
 }
 
@@ -325,11 +339,11 @@ typedef struct task {
     int64_t head, first; /* a block of rows of a head, in order all of them; first -1: the group of few rows at `head` */
 } task;
 
-/* The last blocks of a head see most keys: they come first. */
-static int64_t list_tasks(const stairs_problem *p, task *tasks)
+/* Of groups [first, next). The last blocks of a head see most keys: they come first. */
+static int64_t list_tasks(const stairs_problem *p, int64_t first, int64_t next, task *tasks)
 {
     int64_t count = 0;
-    for (int64_t g = 0; g < p->group_count; g++) {
+    for (int64_t g = first; g < next; g++) {
         if (p->groups[g].few) {
             tasks[count++] = (task){g, -1};
         }
@@ -365,17 +379,22 @@ static attn_status forward(const attn_stairs *s, attn_arena *arena, int threads)
         return attn_fail_memory((size_t)blocks * sizeof *tasks);
     }
     ATTN_TRY(attn_stairs_workers((float **)workers, sizes, (int)(sizeof(worker) / sizeof(float *)), threads, arena));
-    blocks = list_tasks(&p, tasks);
+    int64_t turn = p.room > 0 ? p.room : p.group_count;
+    for (int64_t g = 0, next; g < p.group_count; g = next) {
+        next = attn_min_i64(g + turn, p.group_count);
+        attn_stairs_pack_groups(&p, g, next, threads);
+        blocks = list_tasks(&p, g, next, tasks);
 #pragma omp parallel for schedule(dynamic, 1) num_threads(threads) if (threads > 1)
-    for (int64_t t = 0; t < blocks; t++) {
-        worker *w = &workers[omp_get_thread_num()];
-        if (tasks[t].first < 0) {
-            attn_stairs_few(&p, &p.groups[tasks[t].head], w->few);
-            continue;
-        }
-        int64_t end = s->in_order ? s->heads[tasks[t].head].rows : tasks[t].first + 1;
-        for (int64_t first = tasks[t].first; first < end; first += STAIRS_BLOCK_Q) {
-            forward_block(&p, w, tasks[t].head, first);
+        for (int64_t t = 0; t < blocks; t++) {
+            worker *w = &workers[omp_get_thread_num()];
+            if (tasks[t].first < 0) {
+                attn_stairs_few(&p, &p.groups[tasks[t].head], w->few);
+                continue;
+            }
+            int64_t end = s->in_order ? s->heads[tasks[t].head].rows : tasks[t].first + 1;
+            for (int64_t first = tasks[t].first; first < end; first += STAIRS_BLOCK_Q) {
+                forward_block(&p, w, tasks[t].head, first);
+            }
         }
     }
     return ATTN_OK;

@@ -80,7 +80,7 @@ static void back_block(const backward_state *b, back_worker *w, int64_t h, int64
     int64_t some = to - from;
     attn_stairs_queries(p, head, first + from, some, p->d_pad, w->q + from * p->d_pad);
     attn_stairs_pad(p->kernels, w->grad_o + from * p->dv_pad, g->grad_o + (first + from) * p->dv, some, p->dv, p->dv_pad, 1);
-    kernels->product(some, count, p->d, w->q + from * p->d_pad, p->d_pad, 1, p->k + (head->kv * p->keys_pad + key) * p->d, nr,
+    kernels->product(some, count, p->d, w->q + from * p->d_pad, p->d_pad, 1, p->k + (p->place[head->kv] * p->keys_pad + key) * p->d, nr,
                      p->d * nr, w->p + from * BACK_K, BACK_K, 0);
     if (p->relative) {
         attn_stairs_pad(kernels, w->rel_q + from * p->d_pad, head->q + (first + from) * p->d, some, p->d, p->d_pad, p->factor);
@@ -201,6 +201,7 @@ static attn_status backward(const attn_stairs *s, const attn_stairs_gradient *gr
 {
     stairs_problem p;
     ATTN_TRY(attn_stairs_prepare(&p, s, 1, arena, threads));
+    attn_stairs_pack_groups(&p, 0, p.group_count, threads);
     int64_t width = BACK_K + STRIP + 4 * p.kernels->nr, rel = p.relative ? 1 : 0;
     int64_t sizes[] = {STAIRS_BLOCK_Q * p.d_pad, rel * STAIRS_BLOCK_Q * p.d_pad, STAIRS_BLOCK_Q * p.dv_pad, BACK_K * p.d_pad, BACK_K * p.dv,
                        STAIRS_BLOCK_Q * BACK_K, STAIRS_BLOCK_Q * BACK_K, BACK_K * p.d_pad, BACK_K * p.dv_pad, rel * STRIP * width,

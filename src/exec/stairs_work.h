@@ -34,13 +34,17 @@ typedef struct stairs_problem {
     stairs_group *groups;
     stairs_table *tables;
     int64_t *table; /* of each head */
-    float *k, *v;   /* [kv][keys_pad * d] packed, [kv][keys][dv_pad] or NULL: as they lie */
+    int64_t room;   /* groups whose packed keys there is memory for at a time */
+    int64_t *place; /* [kv]: where in it a group lies */
+    float *k, *v;   /* [room][keys_pad * d] packed, [room][keys][dv_pad] or NULL: as they lie */
 } stairs_problem;
 
 static inline int64_t stairs_up(int64_t count, int64_t unit) { return attn_ceil_div(count, unit) * unit; }
 
-/* backward: everything is packed but the values. */
+/* Everything but what attn_stairs_pack_groups() packs. backward: there is room for all groups; values are not packed. */
 attn_status attn_stairs_prepare(stairs_problem *problem, const attn_stairs *stairs, int backward, attn_arena *arena, int threads);
+/* The keys and values of groups [first, next), at most `room` of them, in place of those before; with group 0 also the tables. */
+void attn_stairs_pack_groups(stairs_problem *problem, int64_t first, int64_t next, int threads);
 
 /* rows of `width` numbers, transposed in panels of nr; what lies past the last row is zero up to `padded` rows. */
 void attn_stairs_pack(const attn_tile_kernels *kernels, float *to, const float *from, int64_t stride, int64_t rows, int64_t padded,
