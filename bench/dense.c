@@ -3,6 +3,7 @@
  */
 #include "core/internal.h"
 #include "core/random.h"
+#include "tensor/half.h"
 #include "kernel/dispatch.h"
 #include "kernel/peak.h"
 #include <attn/dense.h>
@@ -102,6 +103,25 @@ static void bench_square(int64_t n, int64_t d, int causal, int threads, double p
     attn_arena_destroy(p.exec.arena);
 }
 
+/* Some random numbers over and over, of a cache's type and usual size: products of far smaller ones would be slow. */
+static void fill(void *to, attn_dtype dtype, size_t count, uint64_t seed)
+{
+    size_t size = attn_dtype_size(dtype), some = 65536;
+    float *x = random_floats(some, seed);
+    for (size_t i = 0; x != NULL && i < some; i++) {
+        switch (dtype) {
+        case ATTN_F16: ((uint16_t *)to)[i] = attn_f32_to_f16(x[i]); break;
+        case ATTN_BF16: ((uint16_t *)to)[i] = attn_f32_to_bf16(x[i]); break;
+        case ATTN_I8: ((int8_t *)to)[i] = (int8_t)(x[i] * 127); break;
+        default: ((float *)to)[i] = x[i];
+        }
+    }
+    for (size_t done = some; done < count; done += some) {
+        memcpy((char *)to + done * size, to, (count - done < some ? count - done : some) * size);
+    }
+    free(x);
+}
+
 static void bench_decode(attn_dtype dtype, int threads, double bandwidth, int repeats)
 {
     int64_t m = 32768, d = 128, hkv = 8, h = 4 * hkv;
@@ -112,8 +132,8 @@ static void bench_decode(attn_dtype dtype, int threads, double bandwidth, int re
     if (k == NULL || v == NULL) {
         must(ATTN_ERR_MEMORY);
     }
-    memset(k, 1, count * size);
-    memset(v, 1, count * size);
+    fill(k, dtype, count, 2);
+    fill(v, dtype, count, 3);
     attn_tensor scales = attn_tensor_make(random_floats((size_t)(hkv * m), 5), ATTN_F32, 3, (int64_t[]){1, hkv, m});
     p.in.k = attn_tensor_make(k, dtype, 4, (int64_t[]){1, hkv, m, d});
     p.in.v = attn_tensor_make(v, dtype, 4, (int64_t[]){1, hkv, m, d});

@@ -45,10 +45,10 @@ VINLINE const char *row_ahead(const int listed, const row_source *x, int64_t j) 
 
 VINLINE void fetch(const char *row, int64_t at) { __builtin_prefetch((const void *)((uintptr_t)row + (uintptr_t)at), 0, 2); }
 
-/* An even number of rows of values that fill a quarter of L1. */
+/* An even number of rows of values that fill a quarter of L1; of narrow ones, which arithmetic delays more than memory, half of it. */
 VINLINE int64_t block_rows(const attn_dtype dtype, int64_t width)
 {
-    int64_t rows = BLOCK_BYTES / (width * size_of(dtype)) / 2 * 2;
+    int64_t bytes = dtype == ATTN_F32 ? BLOCK_BYTES : 2 * BLOCK_BYTES, rows = bytes / (width * size_of(dtype)) / 2 * 2;
     return rows > 8 ? rows : 8;
 }
 
@@ -137,10 +137,9 @@ VINLINE vf add_as(const int whole, vf a, vf b)
 
 VINLINE void sums_of_4(const int whole, const vf x[4], float unit, float *to)
 {
-    vf ab = add_as(whole, _mm512_unpacklo_ps(x[0], x[1]), _mm512_unpackhi_ps(x[0], x[1]));
-    vf cd = add_as(whole, _mm512_unpacklo_ps(x[2], x[3]), _mm512_unpackhi_ps(x[2], x[3]));
-    vf abcd = add_as(whole, _mm512_castpd_ps(_mm512_unpacklo_pd(_mm512_castps_pd(ab), _mm512_castps_pd(cd))),
-                     _mm512_castpd_ps(_mm512_unpackhi_pd(_mm512_castps_pd(ab), _mm512_castps_pd(cd))));
+    vf ab = add_as(whole, _mm512_mask_blend_ps(0xCCCC, x[0], x[1]), _mm512_shuffle_ps(x[0], x[1], 0x4E));
+    vf cd = add_as(whole, _mm512_mask_blend_ps(0xCCCC, x[2], x[3]), _mm512_shuffle_ps(x[2], x[3], 0x4E));
+    vf abcd = add_as(whole, _mm512_shuffle_ps(ab, cd, 0x88), _mm512_shuffle_ps(ab, cd, 0xDD));
     __m256 low = _mm512_castps512_ps256(abcd), high = _mm512_extractf32x8_ps(abcd, 1);
     if (whole) {
         __m256i half = _mm256_add_epi32(_mm256_castps_si256(low), _mm256_castps_si256(high));
@@ -161,8 +160,9 @@ VINLINE void sums_of_4(const int whole, const vf x[4], float unit, float *to)
 }
 #endif
 
-/* One vector of columns of `keys` keys, `at` bytes from their beginnings: acc[r * step + i] += of row r and key i. */
-VINLINE void score_vector(const int rows, const int keys, const int step, const int whole, vf acc[], const char *q, int64_t ldq,
+/* One vector of columns of `keys` keys, `at` bytes from their beginnings: acc[r * step + i] += of row r and key i. With `away`, sums so far
+ * are put there first and new ones begin. */
+VINLINE void score_vector(const int rows, const int keys, const int step, const int whole, vf acc[], float *away, const char *q, int64_t ldq,
                           const char *const k[], const attn_dtype dtype, int64_t at)
 {
     vf x[4];
@@ -175,7 +175,14 @@ VINLINE void score_vector(const int rows, const int keys, const int step, const 
         vf y = v_load((const void *)(q + r * ldq));
 #pragma GCC unroll 4
         for (int i = 0; i < keys; i++) {
-            multiply_add(whole, &acc[r * step + i], x[i], y);
+            vf *sum = &acc[r * step + i];
+            if (away != NULL) {
+                v_store(away + (r * step + i) * VW, *sum);
+                *sum = v_mul(x[i], y);
+                KEEP_ORDER;
+            } else {
+                multiply_add(whole, sum, x[i], y);
+            }
         }
     }
 }
@@ -196,11 +203,11 @@ VINLINE void score_keys(const int rows, const int keys, const int step, const in
         }
 #pragma GCC unroll 4
         for (int l = 0; l < line; l++, q += VW * 4, at += bytes) {
-            score_vector(rows, keys, step, whole, acc, q, ldq, k, dtype, at);
+            score_vector(rows, keys, step, whole, acc, NULL, q, ldq, k, dtype, at);
         }
     }
     for (; c + columns <= d; c += columns, q += VW * 4, at += bytes) {
-        score_vector(rows, keys, step, whole, acc, q, ldq, k, dtype, at);
+        score_vector(rows, keys, step, whole, acc, NULL, q, ldq, k, dtype, at);
     }
     int rest = (int)(d - c);
     if (rest > 0) {
@@ -254,11 +261,120 @@ VINLINE void scores_of(const int rows, const int keys, const int whole, float *s
     }
 }
 
+
+#if V_REGISTERS == 32
+#define MOST_PACKED 512 /* width of queries */
+
+/* Of each of four vectors in memory. */
+VINLINE void sums_of_4_at(const float *from, float *to)
+{
+#if defined(ATTN_ISA_AVX512)
+    __m256 x[4]; /* halves are loaded: shuffles share a pipe with products */
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; i++) {
+        x[i] = _mm256_add_ps(_mm256_load_ps(from + i * VW), _mm256_load_ps(from + i * VW + VW / 2));
+    }
+    __m256 ab = _mm256_add_ps(_mm256_unpacklo_ps(x[0], x[1]), _mm256_unpackhi_ps(x[0], x[1]));
+    __m256 cd = _mm256_add_ps(_mm256_unpacklo_ps(x[2], x[3]), _mm256_unpackhi_ps(x[2], x[3]));
+    __m256 abcd = _mm256_add_ps(_mm256_shuffle_ps(ab, cd, 0x44), _mm256_shuffle_ps(ab, cd, 0xEE));
+    _mm_storeu_ps(to, _mm_add_ps(_mm256_castps256_ps128(abcd), _mm256_extractf128_ps(abcd, 1)));
+#else
+    for (int i = 0; i < 4; i++) {
+        to[i] = v_sum(v_load(from + i * VW));
+    }
+#endif
+}
+
+/* 64 bytes of four keys, `stride` apart, with their part of the packed queries. */
+VINLINE void score_line(vf acc[], float *away, const float *packed, const char *first, int64_t stride, int64_t ahead, const attn_dtype dtype)
+{
+    const char *k[4];
+    __asm__("" : "+r"(first)); /* or compilers keep a pointer to each of twelve rows, most of them in memory */
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; i++) {
+        k[i] = first + i * stride;
+        fetch(k[i], ahead);
+        __builtin_prefetch((const void *)((uintptr_t)k[i] + 4 * (uintptr_t)stride), 0, 3);
+    }
+#pragma GCC unroll 8
+    for (int l = 0; l < 32 / VW; l++) {
+        score_vector(4, 4, 4, 0, acc, l == 0 ? away : NULL, (const char *)(packed + l * 4 * VW), VW * 4, k, dtype, l * VW * 2);
+    }
+}
+
+/* Scores of four queries and rows of a 16-bit type, in fours of keys; returns how many keys were done.
+ *
+ * Products take the time here, and what waits for the last of them holds up those that follow: machines share out their queues by what
+ * waits in them. So sums are put away among the first products of the next four keys, and added up across lanes between later ones. */
+VINLINE int64_t scores_by_4(float *s, int64_t lds, const float *q, int64_t ldq, const row_source *from, const attn_dtype dtype,
+                            int64_t keys, int64_t d)
+{
+    const int64_t lines = d / 32, ahead = from->ahead * from->stride;
+    _Alignas(64) float away[16 * VW], packed[4 * MOST_PACKED]; /* as they are read: [vectors][4] */
+    float nowhere[16], *to = nowhere;
+    int64_t ldt = 4, j = 0;
+    vf acc[16];
+    if (d % 32 != 0 || d > MOST_PACKED || keys < 4) {
+        return 0;
+    }
+    for (int64_t c = 0; c < d; c += VW) {
+        for (int r = 0; r < 4; r++) {
+            v_store(packed + c * 4 + r * VW, v_load(q + r * ldq + c));
+        }
+    }
+#pragma GCC unroll 16
+    for (int i = 0; i < 16; i++) {
+        acc[i] = v_zero();
+    }
+    for (; j + 4 <= keys; j += 4) {
+        const char *k = row_at(0, from, j);
+        int64_t line = 1;
+        score_line(acc, away, packed, k, from->stride, ahead, dtype);
+        sums_of_4_at(away, to);
+        for (; line < 4 && line < lines; line++) {
+            score_line(acc, NULL, packed + line * 128, k + line * 64, from->stride, ahead, dtype);
+            sums_of_4_at(away + line * 4 * VW, to + line * ldt);
+        }
+        for (int64_t r = line; r < 4; r++) {
+            sums_of_4_at(away + r * 4 * VW, to + r * ldt);
+        }
+        for (; line < lines; line++) {
+            score_line(acc, NULL, packed + line * 128, k + line * 64, from->stride, ahead, dtype);
+        }
+        to = s + j;
+        ldt = lds;
+    }
+#pragma GCC unroll 4
+    for (int r = 0; r < 4; r++) {
+        sums_of_4(0, acc + 4 * r, 0, to + r * ldt);
+    }
+    return j;
+}
+
+/* Functions of their own, for whose loops alone registers are shared out. */
+static __attribute__((noinline)) int64_t scores_by_4_f16(float *s, int64_t lds, const float *q, int64_t ldq, const row_source *from,
+                                                         int64_t keys, int64_t d)
+{
+    return scores_by_4(s, lds, q, ldq, from, ATTN_F16, keys, d);
+}
+
+static __attribute__((noinline)) int64_t scores_by_4_bf16(float *s, int64_t lds, const float *q, int64_t ldq, const row_source *from,
+                                                          int64_t keys, int64_t d)
+{
+    return scores_by_4(s, lds, q, ldq, from, ATTN_BF16, keys, d);
+}
+#endif
+
 VINLINE void scores_rows(const int rows, const int whole, float *s, int64_t lds, const void *q, int64_t ldq, const float *unit,
                          const int listed, const row_source *k, const attn_dtype dtype, int64_t keys, int64_t d)
 {
     const int together = keys_together(rows, dtype);
     int64_t j = 0;
+#if V_REGISTERS == 32
+    if (rows == 4 && !listed && (dtype == ATTN_F16 || dtype == ATTN_BF16)) {
+        j = (dtype == ATTN_F16 ? scores_by_4_f16 : scores_by_4_bf16)(s, lds, q, ldq / 4, k, keys, d);
+    }
+#endif
     for (; j + together <= keys; j += together) {
         scores_of(rows, together, whole, s + j, lds, q, ldq, unit, listed, k, dtype, d, j);
     }
