@@ -80,28 +80,20 @@ static void attend(const forward *f, worker *x, const grid_task *t, int64_t pair
 {
     const grid_work *w = &f->work;
     const attn_tile_kernels *kernels = w->kernels;
-    int64_t begin[GRID_STEP], used = 0, vw = kernels->vw, d = w->g->d; /* where the columns of a piece would begin with key 0 */
+    int64_t from[GRID_STEP], to[GRID_STEP], at[GRID_STEP], used = 0, vw = kernels->vw, d = w->g->d, column = x->rows[r].column;
     for (int64_t i = 0; i < pieces; i++) {
-        int64_t from = -1, to = -1, lead = 0;
-        grid_part part = grid_part_begin(&x->pieces[i], count);
-        while (attn_grid_part_next(&part, t, x->rows + r, count, &x->pieces[i])) {
-            if (from < 0) {
-                from = part.from;
-                lead = w->columns > 0 ? 0 : from % vw;
-                begin[i] = used + lead - grid_column_of(w, t, from);
-            }
-            to = part.to;
+        attn_grid_seen(t, x->rows + r, count, &x->pieces[i], &from[i], &to[i]);
+        if (from[i] < to[i]) {
+            int64_t lead = w->columns > 0 ? 0 : from[i] % vw, some = grid_column_of(w, t, to[i]) - grid_column_of(w, t, from[i]);
+            some = attn_ceil_div(lead + some, vw) * vw;
+            at[i] = used + lead;
             if (f->kind != VALUES) {
-                attn_grid_products(w, t, part.rows, x->q + (r + part.first) * d, d, d, x->k, part.from, part.to, x->rows[r].column,
-                                   x->s + part.first * GRID_STEP + begin[i] + grid_column_of(w, t, part.from), GRID_STEP);
+                attn_grid_products(w, t, count, x->q + r * d, d, d, x->k, from[i], to[i], column, x->s + at[i], GRID_STEP);
             }
-        }
-        if (from >= 0) {
-            int64_t end = attn_ceil_div(begin[i] + grid_column_of(w, t, to), vw) * vw;
             for (int64_t j = 0; j < count; j++) {
-                fill(f, x, t, head, &x->rows[r + j], &x->pieces[i], from, to, x->s + j * GRID_STEP + used, lead, end - used);
+                fill(f, x, t, head, &x->rows[r + j], &x->pieces[i], from[i], to[i], x->s + j * GRID_STEP + used, lead, some);
             }
-            used = end;
+            used += some;
         }
     }
     if (used == 0 || f->kind == SCORES) {
@@ -116,10 +108,8 @@ static void attend(const forward *f, worker *x, const grid_task *t, int64_t pair
         }
     }
     for (int64_t i = 0; i < pieces; i++) {
-        grid_part part = grid_part_begin(&x->pieces[i], count);
-        while (attn_grid_part_next(&part, t, x->rows + r, count, &x->pieces[i])) {
-            attn_grid_add(w, t, part.rows, x->s + part.first * GRID_STEP + begin[i] + grid_column_of(w, t, part.from), GRID_STEP, part.from,
-                          part.to, x->rows[r].column, x->v, w->g->v, pair, w->dv_pad, x->o + (r + part.first) * w->dv_pad);
+        if (from[i] < to[i]) {
+            attn_grid_add(w, t, count, x->s + at[i], GRID_STEP, from[i], to[i], column, x->v, w->g->v, pair, w->dv_pad, x->o + r * w->dv_pad);
         }
     }
 }

@@ -74,20 +74,14 @@ static attn_status worker_create(const backward *b, worker *x, attn_arena *arena
     return failed ? attn_fail_memory(total * sizeof(float)) : ATTN_OK;
 }
 
-/* Of what a row sees of a piece: probabilities (or given weights) into p, their score gradients into ds. p and ds begin where key 0 would be. */
-static void fill(const backward *b, worker *x, const grid_task *t, int64_t head, int64_t r, const grid_piece *piece, float *p, float *ds)
+/* Probabilities (or given weights) of a row into p, their score gradients into ds: of keys [from, to) of a piece, the first at p[0]. */
+static void fill(const backward *b, worker *x, const grid_task *t, int64_t head, int64_t r, const grid_piece *piece, int64_t from, int64_t to,
+                 float *p, float *ds)
 {
     const grid_work *w = &b->work;
     const attn_grid *g = w->g;
     const grid_row *row = &x->rows[r];
-    int64_t slots = (head * w->n + row->token) * b->window, from, to;
-    grid_row_keys(t, row, piece, &from, &to);
-    if (from >= to) {
-        return;
-    }
-    int64_t columns = grid_column_of(w, t, to) - grid_column_of(w, t, from);
-    p += grid_column_of(w, t, from);
-    ds += grid_column_of(w, t, from);
+    int64_t slots = (head * w->n + row->token) * b->window, columns = grid_column_of(w, t, to) - grid_column_of(w, t, from);
     if (b->kind == SCORES) {
         attn_grid_slots(w, t, row, piece, from, to, (float *)(uintptr_t)b->grad_scores + slots, ds, 1);
     } else if (b->kind == VALUES) {
@@ -100,10 +94,8 @@ static void fill(const backward *b, worker *x, const grid_task *t, int64_t head,
             attn_grid_bias(w, t, row, piece, from, to, (float *)(uintptr_t)g->bias + head % g->heads * (int64_t)w->bias_count, p,
                            (float)ATTN_LOG2E, 0);
         }
-        if (x->hidden && piece->z >= 0) {
-            const float *bounds = x->bounds + (row->place[2] - t->query[2][0]) * grid_bounds_length(w, STEP);
-            w->kernels->limit(p, bounds + (w->columns > 0 ? 0 : from % grid_task_extent(t, 2)), columns);
-        }
+        const float *bounds = x->hidden ? x->bounds + (row->place[2] - t->query[2][0]) * grid_bounds_length(w, STEP) : NULL;
+        attn_grid_mask(w, t, row, piece, from, columns, bounds, p);
         w->kernels->exp2_row(p, columns, x->lse2[r]);
         w->kernels->grad_row(ds, p, columns, x->delta[r]);
     }
@@ -123,26 +115,24 @@ static void unit(const backward *b, worker *x, const grid_task *t, int64_t pair,
     int64_t begin = (w->columns > 0 ? 0 : piece->first % vw) - grid_column_of(w, t, piece->first); /* where key 0 would be */
     int64_t height = w->columns > 0 ? w->block : kernels->mr;
     for (int64_t i = 0, some; i < count; i += some) {
+        int64_t r = r0 + i, from, to;
         some = attn_min_i64(height, count - i);
-        grid_part part = grid_part_begin(piece, some);
-        while (attn_grid_part_next(&part, t, x->rows + r0 + i, some, piece)) {
-            int64_t r = i + part.first, at = r * STEP + begin + grid_column_of(w, t, part.from);
-            if (b->kind == FUSED) {
-                attn_grid_products(w, t, part.rows, x->scaled + (r0 + r) * g->d, g->d, g->d, x->kt, part.from, part.to, column, x->p + at, STEP);
-            }
-            if (b->kind != SCORES) {
-                attn_grid_products(w, t, part.rows, x->grad_o + (r0 + r) * w->dv_pad, w->dv_pad, g->dv, x->vt, part.from, part.to, column,
-                                   x->ds + at, STEP);
-            }
+        attn_grid_seen(t, x->rows + r, some, piece, &from, &to);
+        if (from >= to) {
+            continue;
         }
-        for (int64_t r = i; r < i + some; r++) {
-            fill(b, x, t, head, r0 + r, piece, x->p + r * STEP + begin, x->ds + r * STEP + begin);
+        int64_t at = i * STEP + begin + grid_column_of(w, t, from);
+        if (b->kind == FUSED) {
+            attn_grid_products(w, t, some, x->scaled + r * g->d, g->d, g->d, x->kt, from, to, column, x->p + at, STEP);
         }
-        part = grid_part_begin(piece, some);
-        while (b->to->q != NULL && attn_grid_part_next(&part, t, x->rows + r0 + i, some, piece)) {
-            int64_t r = i + part.first;
-            attn_grid_add(w, t, part.rows, x->ds + r * STEP + begin + grid_column_of(w, t, part.from), STEP, part.from, part.to, column, x->k,
-                          g->k, pair, w->d_pad, x->grad_q + (r0 + r) * w->d_pad);
+        if (b->kind != SCORES) {
+            attn_grid_products(w, t, some, x->grad_o + r * w->dv_pad, w->dv_pad, g->dv, x->vt, from, to, column, x->ds + at, STEP);
+        }
+        for (int64_t j = 0; j < some; j++) {
+            fill(b, x, t, head, r + j, piece, from, to, x->p + at + j * STEP, x->ds + at + j * STEP);
+        }
+        if (b->to->q != NULL) {
+            attn_grid_add(w, t, some, x->ds + at, STEP, from, to, column, x->k, g->k, pair, w->d_pad, x->grad_q + r * w->d_pad);
         }
     }
     grid_part part = grid_part_begin(piece, count);

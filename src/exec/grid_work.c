@@ -10,7 +10,6 @@ enum { Z, Y, X };
 #define ENOUGH_TASKS 16
 #define ROW_COST 5.0   /* the same for keys that are transposed where they lie, and values that are not copied */
 #define MOST_APART 16  /* queries across such a tile: wider ones copy less, but their keys leave the cache, and strips become uneven */
-#define PART_COST 0.75 /* of keys that only some of a unit see besides their products, in vectors of keys for each of its queries */
 #define UNIT_COST 0.25 /* of a unit of queries besides its products, in queries */
 
 /* ---- Axes ---- */
@@ -76,22 +75,22 @@ static double mean_extent(const attn_grid_axis *a, int64_t count)
     return runs > 0 ? (double)sum / (double)runs : 0;
 }
 
-/* Products that each query takes in tiles of tile_y rows of `block` queries, that see rows of `width` keys, `own` rows each in `planes`. */
-static double tile_cost(const grid_work *w, int64_t unit, int64_t tile_y, int64_t block, double own, double width, double planes)
+/* Products that each query takes in tiles of tile_y rows of `block` queries, `height` of which take the same keys: rows of `width` keys in
+ * `planes`. */
+static double tile_cost(const grid_work *w, int64_t height, int64_t tile_y, int64_t block, double width, double planes)
 {
     const attn_grid_axis *a = &w->axis[Y].a;
     int64_t from, to, queries = 0, vw = w->kernels->vw;
-    /* Scores go by whole vectors, values key by key. Rows of keys that not all of a unit see come by themselves. */
-    double sum = 0, more = (int64_t)ceil(width) % vw == 0 ? 0 : 0.5 * (double)vw, apart = PART_COST * (double)vw;
+    /* Scores go by whole vectors, values key by key. */
+    double sum = 0, more = (int64_t)ceil(width) % vw == 0 ? 0 : 0.5 * (double)vw;
     query_places(a, 0, &from, &to);
     to = attn_min_i64(to, from + 512);
     for (int64_t y = from; y < to; y += tile_y) {
         int64_t rows = attn_min_i64(tile_y, to - y) * block;
-        for (int64_t r = 0; r < rows; r += unit) {
-            int64_t seen[2], last = attn_min_i64(rows, r + unit) - 1;
+        for (int64_t r = 0; r < rows; r += height) {
+            int64_t seen[2], last = attn_min_i64(rows, r + height) - 1;
             seen_places(a, 0, y + r / block, y + last / block + 1, seen);
-            double all = (double)(seen[1] - seen[0]);
-            sum += planes * ((double)(last + 1 - r) * (own * width + more + apart * fmax(0, all - own)) + UNIT_COST * all * width);
+            sum += ((double)(seen[1] - seen[0]) * width + more) * planes * ((double)(last + 1 - r) + UNIT_COST);
         }
         queries += rows;
     }
@@ -130,10 +129,11 @@ static void choose_tile(grid_work *w, int64_t least_unit, int64_t most_unit, int
         for (int64_t unit = most_unit; unit >= least_unit; unit -= 2) {
             for (int64_t i = 0; i <= (narrow && x <= MOST_APART ? 2 : 0); i++) { /* rows whole, then the columns of 6 or 4 queries */
                 int64_t block = i == 0 ? x : 8 - 2 * i, columns = i > 0 && x % block + unit % block == 0 ? block_columns(w, block) : 0;
+                int64_t height = columns > 0 ? block : attn_min_i64(unit, w->kernels->mr);
                 double across = columns > 0 ? (double)columns : width, copies = pack * (columns > 0 ? ROW_COST : PACK_COST);
                 /* Unless even queries alone cost more. */
                 for (int64_t y = least; y <= most && (i == 0 || columns > 0) && own_y * across * z + copies < best; y++) {
-                    double cost = tile_cost(w, unit, y, block, own_y, across, z) + copies;
+                    double cost = tile_cost(w, height, y, block, across, z) + copies;
                     if (cost < best * 0.999) {
                         best = cost;
                         w->unit = unit;
@@ -399,6 +399,20 @@ grid_union attn_grid_union(const grid_row *rows, int64_t count)
     return u;
 }
 
+void attn_grid_seen(const grid_task *t, const grid_row *rows, int64_t count, const grid_piece *piece, int64_t *from, int64_t *to)
+{
+    *from = INT64_MAX;
+    *to = INT64_MIN;
+    for (int64_t i = 0; i < count; i++) {
+        int64_t first, last;
+        grid_row_keys(t, &rows[i], piece, &first, &last);
+        if (first < last) {
+            *from = attn_min_i64(*from, first);
+            *to = attn_max_i64(*to, last);
+        }
+    }
+}
+
 int attn_grid_part_next(grid_part *part, const grid_task *t, const grid_row *rows, int64_t count, const grid_piece *piece)
 {
     int64_t width = grid_task_extent(t, X), base = piece->z * grid_task_extent(t, Y), r = part->first + part->rows;
@@ -533,8 +547,9 @@ void attn_grid_mask(const grid_work *w, const grid_task *t, const grid_row *row,
         w->kernels->limit(s, bounds + (w->columns > 0 ? 0 : first % grid_task_extent(t, X)), count);
     }
     grid_row_keys(t, row, piece, &from, &to);
-    if (w->columns == 0 && (from > first || to < first + count)) {
-        attn_dense_mask_row(s, first, count, from, to);
+    int64_t zero = grid_column_of(w, t, first), low = grid_column_of(w, t, from) - zero, high = grid_column_of(w, t, to) - zero;
+    if (low > 0 || high < count) {
+        attn_dense_mask_row(s, 0, count, low, high);
     }
 }
 

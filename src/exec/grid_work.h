@@ -122,6 +122,22 @@ typedef struct grid_walk {
 void attn_grid_walk_begin(grid_walk *walk, const grid_task *t, grid_union tile);
 int64_t attn_grid_walk_next(grid_walk *walk, const grid_work *w, const grid_task *t, int64_t step, grid_piece *pieces);
 
+/* The keys [*from, *to) of a piece that a row sees, but for x; *from >= *to: none. */
+static inline void grid_row_keys(const grid_task *t, const grid_row *row, const grid_piece *piece, int64_t *from, int64_t *to)
+{
+    *from = piece->first;
+    *to = piece->last;
+    if (piece->z >= 0) {
+        int64_t width = grid_task_extent(t, 2), base = piece->z * grid_task_extent(t, 1);
+        int seen = piece->z >= row->start[0] && piece->z < row->end[0];
+        *from = attn_max_i64(*from, (base + row->start[1]) * width);
+        *to = seen ? attn_min_i64(*to, (base + row->end[1]) * width) : *from;
+    }
+}
+
+/* The keys that any of some rows sees, but for x. */
+void attn_grid_seen(const grid_task *t, const grid_row *rows, int64_t count, const grid_piece *piece, int64_t *from, int64_t *to);
+
 /* Keys [from, to) of a piece, and rows [first, first + rows) of a unit that see all of them but for x. A unit's rows have one z. */
 typedef struct grid_part {
     int64_t from, to, first, rows;
@@ -140,19 +156,6 @@ void attn_grid_products(const grid_work *w, const grid_task *t, int64_t count, c
 /* to [count][pad] += s [count][lds] times rows of the same keys: packed ones, or, with columns, from tensor [pairs][M][pad] where they lie. */
 void attn_grid_add(const grid_work *w, const grid_task *t, int64_t count, const float *s, int64_t lds, int64_t from, int64_t to, int64_t column,
                    const float *rows, const float *tensor, int64_t pair, int64_t pad, float *to_rows);
-
-/* The keys [*from, *to) of a piece that a row sees, but for x; *from >= *to: none. */
-static inline void grid_row_keys(const grid_task *t, const grid_row *row, const grid_piece *piece, int64_t *from, int64_t *to)
-{
-    *from = piece->first;
-    *to = piece->last;
-    if (piece->z >= 0) {
-        int64_t width = grid_task_extent(t, 2), base = piece->z * grid_task_extent(t, 1);
-        int seen = piece->z >= row->start[0] && piece->z < row->end[0];
-        *from = attn_max_i64(*from, (base + row->start[1]) * width);
-        *to = seen ? attn_min_i64(*to, (base + row->end[1]) * width) : *from;
-    }
-}
 
 /* -inf for what a row does not see of a piece's keys [first, first + count). bounds: of the row's x, from attn_grid_bounds, or NULL when it
  * sees whole rows. */
