@@ -7,8 +7,6 @@
 #include <omp.h>
 #include <string.h>
 
-#define LEAST_UNIT 4 /* fewer queries together see fewer keys that some do not need, up to a point */
-
 typedef enum grid_kind { FUSED, SCORES, VALUES } grid_kind;
 
 typedef struct forward {
@@ -186,9 +184,8 @@ static attn_status run(forward *f, const attn_grid *grid, attn_arena *arena, int
     }
     grid_work *w = &f->work;
     attn_arena_mark mark = attn_arena_get_mark(arena);
-    int64_t mr = attn_tile_kernels_get()->mr;
     int narrow = f->kind == FUSED && grid->bias == NULL && grid->extra == 0 && grid->dv % attn_tile_kernels_get()->vw == 0;
-    ATTN_TRY(attn_grid_work_create(w, grid, attn_min_i64(LEAST_UNIT, mr), mr, narrow, arena));
+    ATTN_TRY(attn_grid_work_create(w, grid, 1, narrow, arena));
     int64_t tasks = w->pairs * w->task_count;
     threads = (int)attn_min_i64(threads, attn_max_i64(tasks, 1));
     worker *workers = attn_arena_array(arena, (size_t)threads, sizeof *workers);

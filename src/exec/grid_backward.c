@@ -113,10 +113,9 @@ static void unit(const backward *b, worker *x, const grid_task *t, int64_t pair,
     const attn_grid *g = w->g;
     int64_t vw = kernels->vw, nr = kernels->nr, column = x->rows[r0].column, across = grid_task_extent(t, 2);
     int64_t begin = (w->columns > 0 ? 0 : piece->first % vw) - grid_column_of(w, t, piece->first); /* where key 0 would be */
-    int64_t height = w->columns > 0 ? w->block : kernels->mr;
     for (int64_t i = 0, some; i < count; i += some) {
         int64_t r = r0 + i, from, to;
-        some = attn_min_i64(height, count - i);
+        some = attn_min_i64(w->height, count - i);
         attn_grid_seen(t, x->rows + r, some, piece, &from, &to);
         if (from >= to) {
             continue;
@@ -372,7 +371,7 @@ static attn_status run(backward *b, const attn_grid *g, attn_arena *arena, int t
     }
     attn_arena_mark mark = attn_arena_get_mark(arena);
     int narrow = b->kind == FUSED && g->bias == NULL && g->extra == 0 && g->d % attn_tile_kernels_get()->vw == 0;
-    ATTN_TRY(attn_grid_work_create(w, g, UNIT, UNIT, narrow, arena));
+    ATTN_TRY(attn_grid_work_create(w, g, UNIT, narrow, arena));
     ATTN_TRY(share_out(b, arena));
     ATTN_TRY(sums_create(b, arena));
     int64_t parts = w->pairs * b->shares;

@@ -6,11 +6,12 @@
 enum { Z, Y, X };
 
 /* A key costs about as much to pack as this many products with a query. */
-#define PACK_COST 10.0
+#define PACK_COST 6.0
 #define ENOUGH_TASKS 16
 #define ROW_COST 5.0   /* the same for keys that are transposed where they lie, and values that are not copied */
 #define MOST_APART 16  /* queries across such a tile: wider ones copy less, but their keys leave the cache, and strips become uneven */
-#define UNIT_COST 0.25 /* of a unit of queries besides its products, in queries */
+#define HEIGHT_COST 0.1 /* of some queries together besides their products, in queries */
+#define LEAST_HEIGHT 4  /* fewer queries together see fewer keys that some do not need, up to a point */
 
 /* ---- Axes ---- */
 
@@ -81,16 +82,18 @@ static double tile_cost(const grid_work *w, int64_t height, int64_t tile_y, int6
 {
     const attn_grid_axis *a = &w->axis[Y].a;
     int64_t from, to, queries = 0, vw = w->kernels->vw;
-    /* Scores go by whole vectors, values key by key. */
-    double sum = 0, more = (int64_t)ceil(width) % vw == 0 ? 0 : 0.5 * (double)vw;
+    double sum = 0, half = 0.5 * (double)vw;
     query_places(a, 0, &from, &to);
     to = attn_min_i64(to, from + 512);
     for (int64_t y = from; y < to; y += tile_y) {
         int64_t rows = attn_min_i64(tile_y, to - y) * block;
         for (int64_t r = 0; r < rows; r += height) {
-            int64_t seen[2], last = attn_min_i64(rows, r + height) - 1;
+            int64_t seen[2], own[2], last = attn_min_i64(rows, r + height) - 1;
             seen_places(a, 0, y + r / block, y + last / block + 1, seen);
-            sum += ((double)(seen[1] - seen[0]) * width + more) * planes * ((double)(last + 1 - r) + UNIT_COST);
+            seen_places(a, 0, y + r / block, y + r / block + 1, own);
+            /* Scores go by whole vectors, values key by key; rows of keys that not all see are masked. */
+            double more = ((int64_t)ceil(width) % vw == 0 ? 0 : half) + (seen[1] - seen[0] > own[1] - own[0] ? half : 0);
+            sum += ((double)(seen[1] - seen[0]) * width + more) * planes * ((double)(last + 1 - r) + HEIGHT_COST);
         }
         queries += rows;
     }
@@ -112,7 +115,7 @@ static int64_t block_columns(const grid_work *w, int64_t block)
     return most <= attn_min_i64(a->m, GRID_STEP) ? most : 0;
 }
 
-static void choose_tile(grid_work *w, int64_t least_unit, int64_t most_unit, int narrow)
+static void choose_tile(grid_work *w, int64_t unit, int narrow)
 {
     int64_t from, to, y_from, y_to;
     query_places(&w->axis[X].a, 0, &from, &to);
@@ -120,27 +123,27 @@ static void choose_tile(grid_work *w, int64_t least_unit, int64_t most_unit, int
     double best = INFINITY, z = mean_extent(&w->axis[Z].a, 1), own_y = mean_extent(&w->axis[Y].a, 1);
     double all_y = mean_extent(&w->axis[Y].a, y_to - y_from);
     double packs = attn_max_i64(y_to - y_from, 1) > 1 ? 2 : all_y * z; /* keys of a column packed per query of it */
-    w->unit = most_unit;
-    w->tile_x = w->tile_y = w->block = 1;
+    w->unit = w->height = w->tile_x = w->tile_y = w->block = 1;
     w->columns = 0;
     for (int64_t x = 1; x <= attn_min_i64(48, attn_max_i64(1, to - from)); x++) {
         double width = mean_extent(&w->axis[X].a, x), pack = packs * width / (double)x;
         int64_t most = attn_max_i64(1, GRID_ROWS / x), least = attn_max_i64(1, GRID_ROWS / 2 / x);
-        for (int64_t unit = most_unit; unit >= least_unit; unit -= 2) {
-            for (int64_t i = 0; i <= (narrow && x <= MOST_APART ? 2 : 0); i++) { /* rows whole, then the columns of 6 or 4 queries */
-                int64_t block = i == 0 ? x : 8 - 2 * i, columns = i > 0 && x % block + unit % block == 0 ? block_columns(w, block) : 0;
-                int64_t height = columns > 0 ? block : attn_min_i64(unit, w->kernels->mr);
-                double across = columns > 0 ? (double)columns : width, copies = pack * (columns > 0 ? ROW_COST : PACK_COST);
+        for (int64_t height = w->kernels->mr; height >= attn_min_i64(LEAST_HEIGHT, w->kernels->mr); height -= 2) {
+            int64_t columns = narrow && x % height == 0 && x <= MOST_APART ? block_columns(w, height) : 0;
+            for (int apart = 0; apart <= (columns > 0); apart++) {
+                int64_t block = apart ? height : x;
+                double across = apart ? (double)columns : width, copies = pack * (apart ? ROW_COST : PACK_COST);
                 /* Unless even queries alone cost more. */
-                for (int64_t y = least; y <= most && (i == 0 || columns > 0) && own_y * across * z + copies < best; y++) {
+                for (int64_t y = least; y <= most && own_y * across * z + copies < best; y++) {
                     double cost = tile_cost(w, height, y, block, across, z) + copies;
                     if (cost < best * 0.999) {
                         best = cost;
-                        w->unit = unit;
+                        w->height = height;
+                        w->unit = attn_max_i64(height, unit / height * height);
                         w->tile_y = y;
                         w->tile_x = x;
                         w->block = block;
-                        w->columns = columns;
+                        w->columns = apart ? columns : 0;
                     }
                 }
             }
@@ -201,7 +204,7 @@ static void add_tasks(grid_work *w, const int64_t group[3], int axis, int64_t ch
     }
 }
 
-attn_status attn_grid_work_create(grid_work *w, const attn_grid *grid, int64_t least_unit, int64_t most_unit, int narrow, attn_arena *arena)
+attn_status attn_grid_work_create(grid_work *w, const attn_grid *grid, int64_t unit, int narrow, attn_arena *arena)
 {
     const attn_tile_kernels *kernels = attn_tile_kernels_get();
     int64_t vw = kernels->vw, nr = kernels->nr;
@@ -209,7 +212,7 @@ attn_status attn_grid_work_create(grid_work *w, const attn_grid *grid, int64_t l
                      .dv_pad = attn_ceil_div(grid->dv, vw) * vw, .group = grid->heads / grid->kv_heads,
                      .pairs = grid->batch * grid->kv_heads};
     place_axes(w);
-    choose_tile(w, least_unit, most_unit, narrow && w->axis[X].a.dilation == 1 && grid->rank > 1);
+    choose_tile(w, unit, narrow && w->axis[X].a.dilation == 1 && grid->rank > 1);
     int axis = w->axis[Z].a.n > 1 ? Z : Y;
     int64_t chunk = choose_chunk(w, axis);
     for (int pass = 0; pass < 2; pass++) {

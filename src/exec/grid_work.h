@@ -28,7 +28,7 @@ typedef struct grid_work {
     grid_axis axis[3];
     int64_t n, m;           /* tokens */
     int64_t d_pad, dv_pad, group, pairs;
-    int64_t unit;           /* queries that take the same keys */
+    int64_t unit, height;   /* queries that go through keys together, and those of them that take the same keys */
     int64_t tile_y, tile_x; /* extents of a tile of queries */
     int64_t block;          /* queries of a row of the tile that may form a unit with those below them */
     int64_t columns;        /* that a unit takes of each row of the box, in whole vectors; 0: rows whole */
@@ -54,9 +54,9 @@ typedef struct grid_union {
     int64_t start[2], end[2];
 } grid_union;
 
-/* The unit is chosen between the two, every second size. Small windows are cheaper when units, then of few neighbouring x, take some columns
- * of wide boxes; narrow: that is allowed. */
-attn_status attn_grid_work_create(grid_work *w, const attn_grid *grid, int64_t least_unit, int64_t most_unit, int narrow, attn_arena *arena);
+/* Units of at most `unit` queries, or of those whose scores are computed together. Small windows are cheaper when units, then of few
+ * neighbouring x, take some columns of wide boxes; narrow: that is allowed. */
+attn_status attn_grid_work_create(grid_work *w, const attn_grid *grid, int64_t unit, int narrow, attn_arena *arena);
 
 static inline int64_t grid_task_extent(const grid_task *t, int axis) { return t->key[axis][1] - t->key[axis][0]; }
 /* Keys of the box, and where extra ones begin. */
