@@ -1,7 +1,8 @@
-/* Attention in neighbourhoods of a grid, forward. As the dense executor: online softmax over steps of keys that stay in cache while the
- * queries of a tile go through them. Each register tile of neighbouring queries takes only the rows of the box that one of them
- * sees, so that what is computed beyond the windows is one or two positions per axis; masks are minima with ready rows. For small windows
- * boxes are wide, so that keys are copied less often, and register tiles take some columns of each row, values where they lie. */
+/* Attention in neighbourhoods of a grid, forward. As the dense executor: online softmax over steps of keys that stay in
+ * cache while the queries of a tile go through them. Each register tile of neighbouring queries takes only the rows of
+ * the box that one of them sees, so that what is computed beyond the windows is one or two positions per axis; masks
+ * are minima with ready rows. For small windows boxes are wide, so that keys are copied less often, and register tiles
+ * take some columns of each row, values where they lie. */
 #include "exec/grid_work.h"
 
 #include <omp.h>
@@ -51,7 +52,8 @@ static attn_status worker_create(const forward *f, worker *x, attn_arena *arena)
     return ATTN_OK;
 }
 
-/* Make the scores of a row ready for the softmax; or write them out; or take the weights: keys [from, to) of a piece, the first at s[lead]. */
+/* Make the scores of a row ready for the softmax; or write them out; or take the weights: keys [from, to) of a piece,
+ * the first at s[lead]. */
 static void fill(const forward *f, const worker *x, const grid_task *t, int64_t head, const grid_row *row, const grid_piece *piece,
                  int64_t from, int64_t to, float *s, int64_t lead, int64_t columns)
 {

@@ -1,18 +1,19 @@
-/* Attention in neighbourhoods of a 1-D, 2-D or 3-D grid (arXiv:2403.04690): each query sees a box of keys, given per axis by tables,
- * so that windows may slide, stand still for groups of queries, be cut or shifted at borders, and be dilated.
+/* Attention in neighbourhoods of a 1-D, 2-D or 3-D grid (arXiv:2403.04690): each query sees a box of keys, given per
+ * axis by tables, so that windows may slide, stand still for groups of queries, be cut or shifted at borders, and be
+ * dilated.
  *
- * Tokens lie row-major. All tensors are contiguous f32: q [batch, heads, N, d], k [batch, kv_heads, M, d], v [batch, kv_heads, M, dv],
- * o [batch, heads, N, dv], lse [batch, heads, N], N and M the products of the axes' extents. Query head h reads key/value head
- * h / (heads / kv_heads). Memory beyond the tensors does not depend on the window. Results do not depend on threads.
- */
+ * Tokens lie row-major. All tensors are contiguous f32: q [batch, heads, N, d], k [batch, kv_heads, M, d], v [batch,
+ * kv_heads, M, dv], o [batch, heads, N, dv], lse [batch, heads, N], N and M the products of the axes' extents. Query
+ * head h reads key/value head h / (heads / kv_heads). Memory beyond the tensors does not depend on the window. Results
+ * do not depend on threads. */
 #ifndef ATTN_EXEC_GRID_H
 #define ATTN_EXEC_GRID_H
 
 #include "core/internal.h"
 
-/* Position x of the keys belongs to dilation group x mod dilation and stands at place x div dilation in it. Query i stands at key
- * position first + i (which may lie outside of the keys), and sees places start[i] ... end[i] - 1 of its own group; none when start >= end.
- * Windows lie within the group. */
+/* Position x of the keys belongs to dilation group x mod dilation and stands at place x div dilation in it. Query i
+ * stands at key position first + i (which may lie outside of the keys), and sees places start[i] ... end[i] - 1 of its
+ * own group; none when start >= end. Windows lie within the group. */
 typedef struct attn_grid_axis {
     int64_t n, m; /* queries, keys */
     int64_t first, dilation;
@@ -41,8 +42,8 @@ attn_status attn_grid_forward(const attn_grid *grid, attn_arena *arena, int thre
 attn_status attn_grid_backward(const attn_grid *grid, attn_arena *arena, int threads, const float *o, const float *lse,
                                const float *grad_o, const attn_grid_gradients *to);
 
-/* The halves, when all windows hold `window` keys; extra keys have no part in them. Slot j of a query is key j of its window, row-major.
- * scores [batch, heads, N, window] = scale q.k + bias. */
+/* The halves, when all windows hold `window` keys; extra keys have no part in them. Slot j of a query is key j of its
+ * window, row-major. scores [batch, heads, N, window] = scale q.k + bias. */
 attn_status attn_grid_scores(const attn_grid *grid, int64_t window, attn_arena *arena, int threads, float *scores);
 attn_status attn_grid_scores_backward(const attn_grid *grid, int64_t window, attn_arena *arena, int threads,
                                       const float *grad_scores, const attn_grid_gradients *to);

@@ -1,9 +1,10 @@
-/* Attention in neighbourhoods of a grid, backward, with recomputed probabilities: tiles of queries as in the forward, with more queries
- * to a unit, since gradients of keys and values are sums over its queries. They are added up in the box of a task, and then, task after
- * task, in the tensors.
+/* Attention in neighbourhoods of a grid, backward, with recomputed probabilities: tiles of queries as in the forward,
+ * with more queries to a unit, since gradients of keys and values are sums over its queries. They are added up in the
+ * box of a task, and then, task after task, in the tensors.
  *
- * The tasks of a key/value head are cut in shares when there are few heads; shares have gradients of their own, which are added in
- * order. Neither depends on the number of threads. */
+ * The tasks of a key/value head are cut in shares when there are few heads. Shares that see the same keys run one after
+ * the other, always in the same order; they have only the gradients of bias and extra keys of their own. Nothing
+ * depends on the number of threads. */
 #include "exec/grid_work.h"
 
 #include <omp.h>
@@ -74,7 +75,8 @@ static attn_status worker_create(const backward *b, worker *x, attn_arena *arena
     return failed ? attn_fail_memory(total * sizeof(float)) : ATTN_OK;
 }
 
-/* Probabilities (or given weights) of a row into p, their score gradients into ds: of keys [from, to) of a piece, the first at p[0]. */
+/* Probabilities (or given weights) of a row into p, their score gradients into ds: of keys [from, to) of a piece, the
+ * first at p[0]. */
 static void fill(const backward *b, worker *x, const grid_task *t, int64_t head, int64_t r, const grid_piece *piece, int64_t from, int64_t to,
                  float *p, float *ds)
 {
@@ -104,7 +106,8 @@ static void fill(const backward *b, worker *x, const grid_task *t, int64_t head,
     }
 }
 
-/* A unit of queries against a piece: register tile after register tile with the keys that it sees, then all for the sums over queries. */
+/* A unit of queries against a piece: register tile after register tile with the keys that it sees, then all for the
+ * sums over queries. */
 static void unit(const backward *b, worker *x, const grid_task *t, int64_t pair, int64_t head, int64_t r0, int64_t count,
                  const grid_piece *piece)
 {
@@ -176,7 +179,8 @@ static void load_rows(const backward *b, worker *x, int64_t head, int64_t rows)
     memset(x->grad_q, 0, (size_t)(rows * w->d_pad) * sizeof *x->grad_q);
 }
 
-/* Rows of sums, `pad` numbers each, added to the gradients of the keys of a task's box, and to those of its share for the extra ones. */
+/* Rows of sums, `pad` numbers each, added to the gradients of the keys of a task's box, and to those of its share for
+ * the extra ones. */
 static void add_box(const backward *b, const grid_task *t, int64_t pair, int64_t share, const float *sums, int64_t width, int64_t pad,
                     float factor, float *to, float *extra)
 {
@@ -314,7 +318,8 @@ static attn_status sums_create(backward *b, attn_arena *arena)
 
 static int64_t share_begin(const backward *b, int64_t share) { return b->work.task_count * share / b->shares; }
 
-/* Whether tasks of two shares, the first one before the second, see the same keys. Tasks come by dilation groups, which have none in common. */
+/* Whether tasks of two shares, the first one before the second, see the same keys. Tasks come by dilation groups, which
+ * have none in common. */
 static int share_keys(const backward *b, int64_t first, int64_t second)
 {
     const grid_task *tasks = b->work.tasks;
@@ -336,7 +341,8 @@ static int share_keys(const backward *b, int64_t first, int64_t second)
     return 0;
 }
 
-/* Shares that see the same keys run one after the other: each in the first phase in which no share before it sees its keys. */
+/* Shares that see the same keys run one after the other: each in the first phase in which no share before it sees its
+ * keys. */
 static attn_status share_out(backward *b, attn_arena *arena)
 {
     b->shares = attn_max_i64(1, attn_min_i64(b->work.task_count, attn_ceil_div(ENOUGH_TASKS, b->work.pairs)));

@@ -9,8 +9,9 @@ enum { Z, Y, X };
 #define PACK_COST 6.0
 #define ENOUGH_TASKS 16
 #define ROW_COST 5.0   /* the same for keys that are transposed where they lie, and values that are not copied */
-#define MOST_APART 16  /* queries across such a tile: wider ones copy less, but their keys leave the cache, and strips become uneven */
+#define MOST_APART 16  /* queries across such a tile: wider ones copy less, but their keys leave the cache */
 #define HEIGHT_COST 0.1 /* of some queries together besides their products, in queries */
+#define FEW_COST 1.3    /* the same with few registers: the sums of a few queries wait for each other */
 #define LEAST_HEIGHT 4  /* fewer queries together see fewer keys that some do not need, up to a point */
 
 /* ---- Axes ---- */
@@ -76,13 +77,13 @@ static double mean_extent(const attn_grid_axis *a, int64_t count)
     return runs > 0 ? (double)sum / (double)runs : 0;
 }
 
-/* Products that each query takes in tiles of tile_y rows of `block` queries, `height` of which take the same keys: rows of `width` keys in
- * `planes`. */
+/* Products that each query takes in tiles of tile_y rows of `block` queries, `height` of which take the same keys: rows
+ * of `width` keys in `planes`. */
 static double tile_cost(const grid_work *w, int64_t height, int64_t tile_y, int64_t block, double width, double planes)
 {
     const attn_grid_axis *a = &w->axis[Y].a;
     int64_t from, to, queries = 0, vw = w->kernels->vw;
-    double sum = 0, half = 0.5 * (double)vw;
+    double sum = 0, half = 0.5 * (double)vw, each = w->kernels->nr > 2 * vw ? HEIGHT_COST : FEW_COST;
     query_places(a, 0, &from, &to);
     to = attn_min_i64(to, from + 512);
     for (int64_t y = from; y < to; y += tile_y) {
@@ -93,14 +94,15 @@ static double tile_cost(const grid_work *w, int64_t height, int64_t tile_y, int6
             seen_places(a, 0, y + r / block, y + r / block + 1, own);
             /* Scores go by whole vectors, values key by key; rows of keys that not all see are masked. */
             double more = ((int64_t)ceil(width) % vw == 0 ? 0 : half) + (seen[1] - seen[0] > own[1] - own[0] ? half : 0);
-            sum += ((double)(seen[1] - seen[0]) * width + more) * planes * ((double)(last + 1 - r) + HEIGHT_COST);
+            sum += ((double)(seen[1] - seen[0]) * width + more) * planes * ((double)(last + 1 - r) + each);
         }
         queries += rows;
     }
     return queries > 0 ? sum / (double)queries : 0;
 }
 
-/* Columns of the box, in whole vectors, that any `block` neighbouring x see together; 0 when they cannot be told apart. */
+/* Columns of the box, in whole vectors, that any `block` neighbouring x see together; 0 when they cannot be told
+ * apart. */
 static int64_t block_columns(const grid_work *w, int64_t block)
 {
     const attn_grid_axis *a = &w->axis[X].a;
@@ -151,8 +153,8 @@ static void choose_tile(grid_work *w, int64_t unit, int narrow)
     }
 }
 
-/* Queries of the slowest axis that a task takes: many, so that windows that reach beyond them count little, but not so many that there
- * are few tasks. */
+/* Queries of the slowest axis that a task takes: many, so that windows that reach beyond them count little, but not so
+ * many that there are few tasks. */
 static int64_t choose_chunk(const grid_work *w, int axis)
 {
     const attn_grid_axis *a = &w->axis[axis].a;
@@ -282,7 +284,8 @@ void attn_grid_ahead_keys(const grid_work *w, const grid_task *t, int64_t *key, 
     }
 }
 
-/* Some rows of keys or values, from number `key` of the box and `i` of its panel on. memcpy would copy runs of this length byte by byte. */
+/* Some rows of keys or values, from number `key` of the box and `i` of its panel on. memcpy would copy runs of this
+ * length byte by byte. */
 static void pack_rows(const grid_work *w, const float *from, int64_t count, int64_t width, int64_t pad, int64_t key, int64_t i, float *rows,
                       float *scratch)
 {

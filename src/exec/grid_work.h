@@ -1,8 +1,9 @@
 /* What the grid executor's forward and backward share: how the work is cut, the keys of a task, and who sees what.
  *
- * The axes become z, y, x (1-D grids are all y). A task is one dilation group's queries of a strip: some neighbouring x, all y (or a part
- * of the slowest axis). All keys that they see form a box, copied row-major, so that the keys of a few neighbouring queries are
- * a run of the box per z: whole rows of it, of which only both ends of each row are hidden. */
+ * The axes become z, y, x (1-D grids are all y). A task is one dilation group's queries of a strip: some neighbouring
+ * x, all y (or a part of the slowest axis). All keys that they see form a box, copied row-major, so that the keys of a
+ * few neighbouring queries are a run of the box per z: whole rows of it, of which only both ends of each row are
+ * hidden. */
 #ifndef ATTN_EXEC_GRID_WORK_H
 #define ATTN_EXEC_GRID_WORK_H
 
@@ -54,8 +55,8 @@ typedef struct grid_union {
     int64_t start[2], end[2];
 } grid_union;
 
-/* Units of at most `unit` queries, or of those whose scores are computed together. Small windows are cheaper when units, then of few
- * neighbouring x, take some columns of wide boxes; narrow: that is allowed. */
+/* Units of at most `unit` queries, or of those whose scores are computed together. Small windows are cheaper when
+ * units, then of few neighbouring x, take some columns of wide boxes; narrow: that is allowed. */
 attn_status attn_grid_work_create(grid_work *w, const attn_grid *grid, int64_t unit, int narrow, attn_arena *arena);
 
 static inline int64_t grid_task_extent(const grid_task *t, int axis) { return t->key[axis][1] - t->key[axis][0]; }
@@ -69,18 +70,20 @@ static inline int64_t grid_extra_first(const grid_work *w, const grid_task *t)
     return attn_ceil_div(grid_task_keys(t), w->kernels->nr) * w->kernels->nr;
 }
 
-/* What has been packed of a task's box. Packing follows the tiles, so that what a tile reads first is still in cache. */
+/* What has been packed of a task's box. Packing follows the tiles, so that what a tile reads first is still in
+ * cache. */
 typedef struct grid_packing {
     int64_t key, left, token; /* the next key; keys left in its row of the box, and the token before it */
 } grid_packing;
 
-/* Ask memory, while a unit of `count` rows is computed, for what the next tile will need: rows of a tensor [N][width] that belong to the
- * queries below, and with columns (packing whole boxes waits little) the unit's share of keys and values from *key on, which is moved. */
+/* Ask memory, while a unit of `count` rows is computed, for what the next tile will need: rows of a tensor [N][width]
+ * that belong to the queries below, and with columns (packing whole boxes waits little) the unit's share of keys and
+ * values from *key on, which is moved. */
 void attn_grid_ahead_rows(const grid_work *w, const grid_task *t, const grid_row *rows, int64_t count, const float *tensor, int64_t width);
 void attn_grid_ahead_keys(const grid_work *w, const grid_task *t, int64_t *key, int64_t count, int64_t rows, int64_t pair);
-/* Keys of the box up to `to` and a panel's end, of key/value head `pair` of `from`: as rows [keys][pad], zero-padded, into `rows`, and
- * transposed in panels of nr keys into `panels`; either may be NULL. scratch: [nr][width]. With columns, panels are rows of the box, and
- * `rows` is not written. */
+/* Keys of the box up to `to` and a panel's end, of key/value head `pair` of `from`: as rows [keys][pad], zero-padded,
+ * into `rows`, and transposed in panels of nr keys into `panels`; either may be NULL. scratch: [nr][width]. With
+ * columns, panels are rows of the box, and `rows` is not written. */
 void attn_grid_pack(const grid_work *w, const grid_task *t, grid_packing *packing, int64_t to, int64_t pair, const float *from,
                     int64_t width, int64_t pad, float *rows, float *panels, float *scratch);
 /* Keys of a box that a step of `most` columns holds. */
@@ -138,7 +141,8 @@ static inline void grid_row_keys(const grid_task *t, const grid_row *row, const 
 /* The keys that any of some rows sees, but for x. */
 void attn_grid_seen(const grid_task *t, const grid_row *rows, int64_t count, const grid_piece *piece, int64_t *from, int64_t *to);
 
-/* Keys [from, to) of a piece, and rows [first, first + rows) of a unit that see all of them but for x. A unit's rows have one z. */
+/* Keys [from, to) of a piece, and rows [first, first + rows) of a unit that see all of them but for x. A unit's rows
+ * have one z. */
 typedef struct grid_part {
     int64_t from, to, first, rows;
 } grid_part;
@@ -149,25 +153,27 @@ static inline grid_part grid_part_begin(const grid_piece *piece, int64_t count)
 /* The next part of a piece for a unit of `count` rows; 0 at the end. */
 int attn_grid_part_next(grid_part *part, const grid_task *t, const grid_row *rows, int64_t count, const grid_piece *piece);
 
-/* c [count][ldc] = a [count][width] times keys [from, to) of packed panels, the first at c[0], those before it in its vector before that. Units
- * that take columns of the box begin with `column`. */
+/* c [count][ldc] = a [count][width] times keys [from, to) of packed panels, the first at c[0], those before it in its
+ * vector before that. Units that take columns of the box begin with `column`. */
 void attn_grid_products(const grid_work *w, const grid_task *t, int64_t count, const float *a, int64_t lda, int64_t width, const float *panels,
                         int64_t from, int64_t to, int64_t column, float *c, int64_t ldc);
-/* to [count][pad] += s [count][lds] times rows of the same keys: packed ones, or, with columns, from tensor [pairs][M][pad] where they lie. */
+/* to [count][pad] += s [count][lds] times rows of the same keys: packed ones, or, with columns, from tensor
+ * [pairs][M][pad] where they lie. */
 void attn_grid_add(const grid_work *w, const grid_task *t, int64_t count, const float *s, int64_t lds, int64_t from, int64_t to, int64_t column,
                    const float *rows, const float *tensor, int64_t pair, int64_t pad, float *to_rows);
 
-/* -inf for what a row does not see of a piece's keys [first, first + count). bounds: of the row's x, from attn_grid_bounds, or NULL when it
- * sees whole rows. */
+/* -inf for what a row does not see of a piece's keys [first, first + count). bounds: of the row's x, from
+ * attn_grid_bounds, or NULL when it sees whole rows. */
 void attn_grid_mask(const grid_work *w, const grid_task *t, const grid_row *row, const grid_piece *piece, int64_t first, int64_t count,
                     const float *bounds, float *s);
 
-/* For each x of a strip: +inf for keys of a row of the box (or of its unit's columns) that it sees, -inf for others, repeated. Returns whether
- * any is hidden. Each of the tile_x tables holds grid_bounds_length() numbers. */
+/* For each x of a strip: +inf for keys of a row of the box (or of its unit's columns) that it sees, -inf for others,
+ * repeated. Returns whether any is hidden. Each of the tile_x tables holds grid_bounds_length() numbers. */
 static inline int64_t grid_bounds_length(const grid_work *w, int64_t step) { return w->box_width + step + w->kernels->nr; }
 int attn_grid_bounds(const grid_work *w, const grid_task *t, int64_t length, float *bounds);
 
-/* The runs of consecutive visible keys of a row within [from, to) of a piece; slot: of the first one in the row's window. */
+/* The runs of consecutive visible keys of a row within [from, to) of a piece; slot: of the first one in the row's
+ * window. */
 typedef struct grid_run {
     int64_t key, count, slot, bias;
     int64_t y, y_end; /* the walk's own */
@@ -176,7 +182,8 @@ grid_run attn_grid_run_begin(const grid_task *t, const grid_row *row, const grid
 int attn_grid_run_next(grid_run *run, const grid_work *w, const grid_task *t, const grid_row *row, const grid_piece *piece,
                        int64_t from, int64_t to);
 
-/* s += factor * bias by offset on the visible keys of [from, to), s[0] belongs to `from`; or with `back` the bias += factor * s. */
+/* s += factor * bias by offset on the visible keys of [from, to), s[0] belongs to `from`; or with `back` the bias +=
+ * factor * s. */
 void attn_grid_bias(const grid_work *w, const grid_task *t, const grid_row *row, const grid_piece *piece, int64_t from, int64_t to,
                     float *bias, float *s, float factor, int back);
 /* The visible keys of [from, to) between s and the slots of a row's window; back: from the slots, zeros elsewhere. */
