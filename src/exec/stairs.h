@@ -20,7 +20,7 @@ typedef struct attn_stairs_head {
      * position] + S[zero + j - position]). R is NULL for all heads when there are none; S may be NULL. */
     const float *rel_emb, *rel_bias; /* R [rel_count][rel_stride]; S with a stride of rel_bias_stride */
     int64_t first, zero, rel_count, rel_stride, rel_bias_stride;
-    float *o, *lse; /* [rows][dv], [rows]; a row without keys gets 0 and -inf */
+    float *o, *lse; /* [rows][dv], [rows]; a row without keys gets 0 and -inf. In forward o may be q where it has as many numbers, without q_row */
 } attn_stairs_head;
 
 /* The queries and own keys and values of rows [first, first + rows) of head h, where nothing keeps them: q [rows][d] gets the queries times

@@ -4,6 +4,9 @@
 
 #include "core/internal.h"
 
+/* Rows that go through linear layers together where nothing keeps all of their inputs or outputs. */
+#define ATTN_LINEAR_SPAN 1024
+
 /* x [rows, in], w [out, in], bias [out] or NULL, y [rows, out]. ATTN_ERR_MEMORY. */
 attn_status attn_linear_forward(attn_arena *arena, int threads, int64_t rows, int64_t in, int64_t out, const float *x,
                                 const float *w, const float *bias, float *y);

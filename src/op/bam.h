@@ -24,8 +24,8 @@ attn_status attn_bam_route(attn_call *call, bam_choice *choice, int64_t width, c
 void attn_bam_write_choice(const bam_choice *choice, int applied, attn_tensor *gates, attn_tensor *indices);
 /* The rows [count, width] of expert e's tokens: x itself when it has all of them, else gathered into `rows`. */
 const float *attn_bam_rows(const attn_call *call, const bam_choice *choice, int64_t e, int64_t width, const float *x, float *rows);
-/* rows[i] *= the gate of expert e for its token i */
-void attn_bam_weigh(const attn_call *call, const bam_choice *choice, int64_t e, int64_t width, float *rows);
+/* rows[i] *= the gate of expert e for its token first + i, `count` of them */
+void attn_bam_weigh(const attn_call *call, const bam_choice *choice, int64_t e, int64_t first, int64_t count, int64_t width, float *rows);
 /* A gradient's memory, or zeroed scratch when nobody wants it (or it is not given); NULL when memory is short. */
 float *attn_bam_gradient(attn_call *call, const attn_tensor *grad, int64_t count);
 

@@ -52,19 +52,6 @@ static void turn_queries(const attn_call *call, const bam_moa *m, int64_t e, int
     }
 }
 
-/* Keys (or values) of all tokens. */
-static attn_status project_keys(attn_call *call, const bam_moa *m, const float *w, int64_t size, float *to)
-{
-    attn_head_rows heads = key_heads(m, size);
-    attn_arena_mark mark = attn_arena_get_mark(call->arena);
-    float *rows;
-    ATTN_TRY(attn_take_f32(call, m->batch * m->n * heads.width, &rows));
-    ATTN_TRY(attn_linear_forward(call->arena, call->threads, m->batch * m->n, m->width, heads.width, m->x, w, NULL, rows));
-    attn_heads_split(&heads, call->threads, rows, to);
-    attn_arena_release(call->arena, mark);
-    return ATTN_OK;
-}
-
 /* Keys (or values) of token t of each batch item into their place. */
 static attn_status project_token(attn_call *call, const bam_moa *m, int64_t t, const float *w, int64_t size, int rotate, float *to)
 {
@@ -90,15 +77,18 @@ static attn_status project_token(attn_call *call, const bam_moa *m, int64_t t, c
 /* Queries of the rows of expert e into q. */
 static attn_status project_queries(attn_call *call, const bam_moa *m, int64_t e)
 {
-    int64_t count = bam_count(&m->route, e), size = m->p->heads * m->d;
+    int64_t all = bam_count(&m->route, e), size = m->p->heads * m->d, most = attn_min_i64(ATTN_LINEAR_SPAN, all);
     attn_head_rows heads = heads_of(m, e, m->d);
     attn_arena_mark mark = attn_arena_get_mark(call->arena);
     float *part, *x;
-    ATTN_TRY(attn_take_f32(call, count * size, &part));
-    ATTN_TRY(attn_take_f32(call, count < m->route.tokens ? count * m->width : 0, &x));
-    const float *rows = attn_bam_rows(call, &m->route, e, m->width, m->x, x);
-    ATTN_TRY(attn_linear_forward(call->arena, call->threads, count, m->width, size, rows, m->w_q + e * size * m->width, NULL, part));
-    attn_heads_split(&heads, call->threads, part, m->q + rows_of(m, e, 0) * m->d);
+    ATTN_TRY(attn_take_f32(call, most * size, &part));
+    ATTN_TRY(attn_take_f32(call, most * m->width, &x));
+    for (int64_t first = 0, count; first < all; first += count) {
+        count = attn_min_i64(ATTN_LINEAR_SPAN, all - first);
+        attn_rows_gather(call->threads, m->width, m->x, bam_list(&m->route, e) + first, count, x);
+        ATTN_TRY(attn_linear_forward(call->arena, call->threads, count, m->width, size, x, m->w_q + e * size * m->width, NULL, part));
+        attn_heads_split_some(&heads, call->threads, first, count, part, m->q + rows_of(m, e, 0) * m->d);
+    }
     turn_queries(call, m, e, 0, m->q);
     attn_arena_release(call->arena, mark);
     return ATTN_OK;
@@ -159,9 +149,10 @@ static attn_status decode(attn_call *call, const bam_moa *m)
     return ATTN_OK;
 }
 
-/* Routing, projections and attention: everything up to the output projection. */
-static attn_status attend(attn_call *call, bam_moa *m)
+/* Routing, projections and attention: everything up to the output projection. keep: the queries, too; else outputs may take their place. */
+static attn_status attend(attn_call *call, bam_moa *m, int keep)
 {
+    attn_head_rows k_heads = key_heads(m, m->d), v_heads = key_heads(m, m->dv);
     int64_t kv_rows = m->batch * m->kv_sets * m->p->kv_heads * m->n;
     m->route = (bam_choice){.tokens = m->batch * m->n, .experts = m->experts, .chosen = m->p->top_k};
     ATTN_TRY(attn_bam_route(call, &m->route, m->width, m->x, m->w_router));
@@ -169,7 +160,10 @@ static attn_status attend(attn_call *call, bam_moa *m)
     ATTN_TRY(attn_take_f32(call, kv_rows * m->d, &m->k));
     ATTN_TRY(attn_take_f32(call, kv_rows * m->dv, &m->v));
     ATTN_TRY(attn_take_f32(call, rows * m->d, &m->q));
-    ATTN_TRY(attn_take_f32(call, rows * m->dv, &m->o));
+    m->o = m->q;
+    if (keep || m->d != m->dv) {
+        ATTN_TRY(attn_take_f32(call, rows * m->dv, &m->o));
+    }
     ATTN_TRY(attn_take_f32(call, rows, &m->lse));
     if (m->p->rope_theta > 0) {
         ATTN_TRY(attn_rope_table(call->arena, 0, m->n, m->d, m->p->rope_theta, &m->table));
@@ -181,26 +175,28 @@ static attn_status attend(attn_call *call, bam_moa *m)
     if (m->p->decode) {
         return decode(call, m);
     }
-    ATTN_TRY(project_keys(call, m, m->w_k, m->d, m->k));
+    ATTN_TRY(attn_heads_project(&k_heads, call->arena, call->threads, m->width, m->x, m->w_k, NULL, m->k));
     turn_keys(call, m, 0, m->k);
-    ATTN_TRY(project_keys(call, m, m->w_v, m->dv, m->v));
+    ATTN_TRY(attn_heads_project(&v_heads, call->arena, call->threads, m->width, m->x, m->w_v, NULL, m->v));
     return attn_stairs_forward(&m->stairs, call->arena, call->threads);
 }
 
 attn_status attn_bam_moa_forward(attn_call *call, bam_moa *m, float *y)
 {
-    ATTN_TRY(attend(call, m));
-    int64_t tokens = m->batch * m->n, size = m->p->heads * m->dv;
+    ATTN_TRY(attend(call, m, 0));
+    int64_t size = m->p->heads * m->dv, most = attn_min_i64(ATTN_LINEAR_SPAN, m->batch * m->n);
     float *rows, *part;
-    ATTN_TRY(attn_take_f32(call, tokens * size, &rows));
-    ATTN_TRY(attn_take_f32(call, tokens * m->width, &part));
+    ATTN_TRY(attn_take_f32(call, most * size, &rows));
+    ATTN_TRY(attn_take_f32(call, most * m->width, &part));
     for (int64_t e = 0; e < m->experts; e++) {
-        int64_t count = bam_count(&m->route, e);
         attn_head_rows heads = heads_of(m, e, m->dv);
-        attn_heads_join(&heads, call->threads, m->o + rows_of(m, e, 0) * m->dv, rows);
-        attn_bam_weigh(call, &m->route, e, size, rows);
-        ATTN_TRY(attn_linear_forward(call->arena, call->threads, count, size, m->width, rows, m->w_o + e * m->width * size, NULL, part));
-        attn_rows_scatter_add(call->threads, m->width, part, bam_list(&m->route, e), count, y);
+        for (int64_t first = 0, count; first < heads.n; first += count) {
+            count = attn_min_i64(ATTN_LINEAR_SPAN, heads.n - first);
+            attn_heads_join_some(&heads, call->threads, first, count, m->o + rows_of(m, e, 0) * m->dv, rows);
+            attn_bam_weigh(call, &m->route, e, first, count, size, rows);
+            ATTN_TRY(attn_linear_forward(call->arena, call->threads, count, size, m->width, rows, m->w_o + e * m->width * size, NULL, part));
+            attn_rows_scatter_add(call->threads, m->width, part, bam_list(&m->route, e) + first, count, y);
+        }
     }
     return ATTN_OK;
 }
@@ -245,8 +241,8 @@ static attn_status outputs_back(attn_call *call, const bam_moa *m, const float *
             }
             logits[list[i] * r->experts + e] = (float)sum;
         }
-        attn_bam_weigh(call, r, e, size, plain);
-        attn_bam_weigh(call, r, e, size, part);
+        attn_bam_weigh(call, r, e, 0, count, size, plain);
+        attn_bam_weigh(call, r, e, 0, count, size, part);
         attn_heads_split(&heads, call->threads, part, grad_o + rows_of(m, e, 0) * m->dv);
         if (grad_w != NULL) {
             ATTN_TRY(attn_linear_backward(call->arena, call->threads, count, size, m->width, plain, w, gy, NULL,
@@ -279,7 +275,7 @@ static attn_status queries_back(attn_call *call, const bam_moa *m, float *grad_q
 
 attn_status attn_bam_moa_backward(attn_call *call, bam_moa *m, const float *grad_y, const float *grad_gates, float *x, int first)
 {
-    ATTN_TRY(attend(call, m));
+    ATTN_TRY(attend(call, m, 1));
     const bam_choice *r = &m->route;
     int64_t tokens = r->tokens, rows = r->lists.first[r->experts] * m->p->heads;
     int64_t kv_rows = m->batch * m->kv_sets * m->p->kv_heads * m->n;

@@ -56,12 +56,12 @@ const float *attn_bam_rows(const attn_call *call, const bam_choice *r, int64_t e
     return rows;
 }
 
-void attn_bam_weigh(const attn_call *call, const bam_choice *r, int64_t e, int64_t width, float *rows)
+void attn_bam_weigh(const attn_call *call, const bam_choice *r, int64_t e, int64_t first, int64_t count, int64_t width, float *rows)
 {
     const attn_tile_kernels *kernels = attn_tile_kernels_get();
-    const int64_t *list = bam_list(r, e);
+    const int64_t *list = bam_list(r, e) + first;
 #pragma omp parallel for schedule(static) num_threads(call->threads) if (call->threads > 1)
-    for (int64_t i = 0; i < bam_count(r, e); i++) {
+    for (int64_t i = 0; i < count; i++) {
         kernels->scale(rows + i * width, width, r->p[list[i] * r->experts + e]);
     }
 }

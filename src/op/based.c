@@ -430,19 +430,18 @@ static void pass_state(const conv *c)
 }
 
 /* Spans of tokens, or of whole short sequences, one after another, so that what is between the projections stays small. */
-#define SPAN 1024
 
 static attn_status conv_forward(attn_call *call)
 {
     conv c;
     ATTN_TRY(conv_begin(call, &c));
-    int64_t together = attn_max_i64(1, SPAN / attn_max_i64(1, c.n));
+    int64_t together = attn_max_i64(1, ATTN_LINEAR_SPAN / attn_max_i64(1, c.n));
     for (int64_t b = 0; b < c.batch; b += together) {
-        for (int64_t first = 0; first < c.n; first += SPAN) {
+        for (int64_t first = 0; first < c.n; first += ATTN_LINEAR_SPAN) {
             conv part = c;
             int64_t row = b * c.n + first;
             part.filter.sequences = part.batch = attn_min_i64(together, c.batch - b);
-            part.filter.length = part.n = attn_min_i64(SPAN, c.n - first);
+            part.filter.length = part.n = attn_min_i64(ATTN_LINEAR_SPAN, c.n - first);
             part.filter.state = part.state = c.state + b * c.kept * c.inner;
             part.rows = part.batch * part.n;
             attn_arena_mark mark = attn_arena_get_mark(call->arena);

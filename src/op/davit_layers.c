@@ -88,17 +88,16 @@ static attn_status mix(attn_call *call, const mixer *m, const float *x, mixer_wo
     return attn_davit_channel_forward(&channel, call->arena, call->threads, w->attn);
 }
 
-/* About SPAN tokens of an image at a time, in whole rows of windows, or whole small images: what is between the projections stays small.
- * (A band holds all of an image that is not alone.) Channel attention sees all pixels of an image. */
-#define SPAN 1024
+/* About ATTN_LINEAR_SPAN tokens of an image at a time, in whole rows of windows, or whole small images: what is between the projections
+ * stays small. (A band holds all of an image that is not alone.) Channel attention sees all pixels of an image. */
 
 static attn_status mixer_forward(attn_call *call, const mixer *m, const float *x, float *o)
 {
     int64_t across = m->n, high = 1, band = 1, together = m->batch;
     if (m->kind == SPATIAL) {
         high = m->grid->items[0], across = m->grid->items[1];
-        together = attn_max_i64(1, SPAN / m->n);
-        band = m->window->items[0] * attn_max_i64(1, SPAN / (m->window->items[0] * across));
+        together = attn_max_i64(1, ATTN_LINEAR_SPAN / m->n);
+        band = m->window->items[0] * attn_max_i64(1, ATTN_LINEAR_SPAN / (m->window->items[0] * across));
     }
     for (int64_t b = 0; b < m->batch; b += together) {
         for (int64_t y = 0; y < high; y += band) {

@@ -86,7 +86,7 @@ static attn_status rcmha_bind(attn_call *call)
 typedef struct stream {
     int64_t first, length;
     const float *mem; /* [B][memory - first][C] */
-    float *raw, *out; /* [B*H][length][D]; raw: before the convolution, kept for backward passes only */
+    float *raw, *out; /* [B*H][length][D]; raw: before the convolution, for backward passes, else NULL */
     attn_conv1d conv;
 } stream;
 
@@ -97,18 +97,17 @@ typedef struct layer {
     rcmha_core core;
 } layer;
 
-/* Rows [B][count][H*D] into the tokens from `at` on of [B*H][length][D], or back. */
-static void place(const attn_call *call, const layer *x, int64_t length, int64_t at, int64_t count, float *rows, float *heads, int back)
+/* Rows [B][count][H*D] from the tokens from `at` on of [B*H][length][D]. */
+static void join(const attn_call *call, const layer *x, int64_t length, int64_t at, int64_t count, const float *heads, float *rows)
 {
-#pragma omp parallel for schedule(static) num_threads(call->threads) if (call->threads > 1)
-    for (int64_t i = 0; i < x->batch * count; i++) {
-        for (int64_t h = 0; h < x->heads; h++) {
-            float *row = rows + (i * x->heads + h) * x->d;
-            float *head = heads + ((i / count * x->heads + h) * length + at + i % count) * x->d;
-            memcpy(back ? row : head, back ? head : row, (size_t)x->d * sizeof *row);
-        }
+    attn_head_rows shape = {1, length, x->heads, x->d, x->heads * x->d, 0};
+    for (int64_t b = 0; b < x->batch; b++) {
+        attn_heads_join_some(&shape, call->threads, at, count, heads + b * x->heads * length * x->d, rows + b * count * shape.width);
     }
 }
+
+/* The same of all of x's tokens. */
+static attn_head_rows head_rows(const layer *x) { return (attn_head_rows){x->batch, x->n, x->heads, x->d, x->heads * x->d, 0}; }
 
 static attn_status layer_setup(attn_call *call, layer *x)
 {
@@ -135,12 +134,13 @@ static attn_status layer_setup(attn_call *call, layer *x)
 /* Memory for the streams, their tokens of mem, and the convolutions; keep: what is before the convolution too. */
 static attn_status layer_prepare(attn_call *call, layer *x, int keep)
 {
+    const rcmha_params *p = call->params;
     int64_t rows = x->batch * x->heads * x->n;
     for (int s = 0; s < 3; s++) {
         stream *y = &x->s[s];
         int64_t size = x->batch * y->length * x->heads * x->d, tokens = x->memory - y->first;
         ATTN_TRY(attn_take_f32(call, size, &y->out));
-        y->raw = y->out;
+        y->raw = NULL;
         if (x->convolved && keep) {
             ATTN_TRY(attn_take_f32(call, size, &y->raw));
         }
@@ -161,41 +161,81 @@ static attn_status layer_prepare(attn_call *call, layer *x, int keep)
     x->core.q = x->s[0].out + (x->s[0].length - x->n) * x->d;
     x->core.k = x->s[1].out;
     x->core.v = x->s[2].out;
-    ATTN_TRY(attn_take_f32(call, rows * x->d, &x->core.o));
+    x->core.o = x->s[0].out;
+    if (keep || x->s[0].length != x->n || p->decode) { /* outputs may take the place of queries */
+        ATTN_TRY(attn_take_f32(call, rows * x->d, &x->core.o));
+    }
     return attn_take_f32(call, rows, &x->core.lse);
 }
 
-/* The projections of `count` tokens of each batch item into the stream's tokens from `at` on. */
-static attn_status project(attn_call *call, const layer *x, int s, const float *source, int64_t at, int64_t count, float *to)
+/* The last taps - 1 tokens of `state`, then of raw [sequences][count][D], become the next span's state. */
+static void keep_last(const layer *x, const float *raw, int64_t sequences, int64_t count, float *state)
 {
-    int64_t size = x->heads * x->d;
+    int64_t before = x->taps - 1;
+    for (int64_t i = 0; i < sequences * before; i++) {
+        int64_t from = i % before + count - before;
+        memcpy(state + i * x->d, from < 0 ? state + (i + count) * x->d : raw + (i / before * count + from) * x->d, (size_t)x->d * sizeof *state);
+    }
+}
+
+/* `all` tokens of each of `items` batch items from b on, projected and convolved, into their stream's tokens from `at` on; of one item, a
+ * span after the other. state [items * H][taps-1][D]: what the convolution sees before them, and then before those that follow. */
+static attn_status run_stream(attn_call *call, const layer *x, int s, int64_t b, int64_t items, const float *source, int64_t at, int64_t all,
+                              float *state)
+{
+    const stream *y = &x->s[s];
+    int64_t width = x->heads * x->d, most = items > 1 ? all : attn_min_i64(ATTN_LINEAR_SPAN, all), room = x->convolved ? items * most * width : 0;
+    attn_head_rows whole = {1, y->length, x->heads, x->d, width, 0}, span = {items, most, x->heads, x->d, width, 0};
     attn_arena_mark mark = attn_arena_get_mark(call->arena);
-    float *rows;
-    ATTN_TRY(attn_take_f32(call, x->batch * count * size, &rows));
-    ATTN_TRY(attn_linear_forward(call->arena, call->threads, x->batch * count, x->width, size, source, attn_f32(call->t[W + s]),
-                                 attn_f32(call->t[B + s]), rows));
-    place(call, x, x->s[s].length, at, count, rows, to, 0);
+    float *rows, *raw, *out = y->out + b * y->length * width;
+    ATTN_TRY(attn_take_f32(call, items * most * width, &rows));
+    ATTN_TRY(attn_take_f32(call, room, &raw));
+    if (most < y->length) {
+        ATTN_TRY(attn_take_f32(call, room, &out));
+    }
+    for (int64_t first = 0; first < all; first += span.n) {
+        span.n = attn_min_i64(most, all - first);
+        ATTN_TRY(attn_linear_forward(call->arena, call->threads, items * span.n, x->width, width, source + first * x->width,
+                                     attn_f32(call->t[W + s]), attn_f32(call->t[B + s]), rows));
+        float *plain = x->convolved ? y->raw : y->out;
+        for (int64_t i = 0; i < (plain != NULL ? items : 0); i++) {
+            attn_heads_split_some(&whole, call->threads, at + first, span.n, rows + i * span.n * width, plain + (b + i) * y->length * width);
+        }
+        if (!x->convolved) {
+            continue;
+        }
+        attn_conv1d conv = y->conv;
+        conv.sequences = items * x->heads;
+        conv.length = span.n;
+        conv.state = state;
+        attn_heads_split(&span, call->threads, rows, raw);
+        attn_conv1d_forward(&conv, call->threads, raw, out);
+        keep_last(x, raw, conv.sequences, span.n, state);
+#pragma omp parallel for schedule(static) num_threads(call->threads) if (call->threads > 1)
+        for (int64_t i = 0; i < (most < y->length ? conv.sequences : 0); i++) {
+            memcpy(y->out + ((b * x->heads + i) * y->length + at + first) * x->d, out + i * span.n * x->d, (size_t)(span.n * x->d) * sizeof *out);
+        }
+    }
     attn_arena_release(call->arena, mark);
     return ATTN_OK;
 }
 
-/* Everything up to the heads' outputs, all tokens at once. */
+/* Everything up to the heads' outputs, all tokens at once; short batch items go through the projections together. */
 static attn_status layer_attend(attn_call *call, layer *x)
 {
-    for (int s = 0; s < 3; s++) {
-        stream *y = &x->s[s];
-        int64_t before = x->memory - y->first;
-        attn_arena_mark mark = attn_arena_get_mark(call->arena);
-        float *raw = y->raw;
-        if (x->convolved && raw == y->out) {
-            ATTN_TRY(attn_take_f32(call, x->batch * y->length * x->heads * x->d, &raw));
+    int64_t together = attn_max_i64(1, ATTN_LINEAR_SPAN / attn_max_i64(1, x->m)), kept = x->heads * (x->taps - 1) * x->d;
+    float *state;
+    ATTN_TRY(attn_take_f32(call, together * kept, &state));
+    for (int64_t b = 0; b < x->batch; b += together) {
+        int64_t items = attn_min_i64(together, x->batch - b);
+        for (int s = 0; s < 3; s++) {
+            int64_t before = x->memory - x->s[s].first;
+            memset(state, 0, (size_t)(items * kept) * sizeof *state);
+            if (before > 0) {
+                ATTN_TRY(run_stream(call, x, s, b, items, x->s[s].mem + b * before * x->width, 0, before, state));
+            }
+            ATTN_TRY(run_stream(call, x, s, b, items, attn_f32(call->t[X]) + b * x->n * x->width, before, x->n, state));
         }
-        ATTN_TRY(project(call, x, s, y->mem, 0, before, raw));
-        ATTN_TRY(project(call, x, s, attn_f32(call->t[X]), before, x->n, raw));
-        if (x->convolved) {
-            attn_conv1d_forward(&y->conv, call->threads, raw, y->out);
-        }
-        attn_arena_release(call->arena, mark);
     }
     return attn_rcmha_core_forward(call, &x->core);
 }
@@ -256,11 +296,9 @@ static attn_status rcmha_forward(attn_call *call)
     ATTN_TRY(layer_setup(call, &x));
     ATTN_TRY(layer_prepare(call, &x, 0));
     ATTN_TRY(p->decode ? layer_decode(call, &x) : layer_attend(call, &x));
-    float *joined;
-    ATTN_TRY(attn_take_f32(call, x.batch * x.n * x.heads * x.d, &joined));
-    place(call, &x, x.n, 0, x.n, joined, x.core.o, 1);
-    return attn_linear_forward(call->arena, call->threads, x.batch * x.n, x.heads * x.d, attn_dim(call, "Cout"), joined,
-                               attn_f32(call->t[W_O]), attn_f32(call->t[B_O]), attn_f32(call->t[Y]));
+    attn_head_rows shape = head_rows(&x);
+    return attn_heads_output(&shape, call->arena, call->threads, attn_dim(call, "Cout"), x.core.o, attn_f32(call->t[W_O]),
+                             attn_f32(call->t[B_O]), attn_f32(call->t[Y]));
 }
 
 /* grad [B*H][length][D] of a convolved stream back to its tokens and parameters. */
@@ -278,14 +316,14 @@ static attn_status stream_back(attn_call *call, const layer *x, int s, float *gr
     if (tokens > 0 && grad_mem != NULL) {
         ATTN_TRY(attn_take_f32(call, x->batch * tokens * x->width, &part));
     }
-    place(call, x, y->length, 0, tokens, rows, grad, 1);
+    join(call, x, y->length, 0, tokens, grad, rows);
     const float *w = attn_f32(call->t[W + s]);
     float *grad_w = attn_f32(call->grad[W + s]), *grad_b = attn_f32(call->grad[B + s]);
     ATTN_TRY(attn_linear_backward(call->arena, call->threads, x->batch * tokens, x->width, size, y->mem, w, rows, part, grad_w, grad_b));
     for (int64_t b = 0; b < x->batch && part != NULL; b++) {
         attn_add_f32(call->threads, tokens * x->width, grad_mem + (b * x->memory + y->first) * x->width, part + b * tokens * x->width);
     }
-    place(call, x, y->length, tokens, x->n, rows, grad, 1);
+    join(call, x, y->length, tokens, x->n, grad, rows);
     return attn_linear_backward_add(call->arena, call->threads, x->batch * x->n, x->width, size, attn_f32(call->t[X]), w, rows,
                                     attn_f32(call->grad[X]), grad_w, grad_b);
 }
@@ -296,6 +334,7 @@ static attn_status rcmha_backward(attn_call *call)
     ATTN_TRY(layer_setup(call, &x));
     ATTN_TRY(layer_prepare(call, &x, 1));
     ATTN_TRY(layer_attend(call, &x));
+    attn_head_rows shape = head_rows(&x);
     int64_t size = x.heads * x.d, rows = x.batch * x.n, queries = x.batch * x.s[0].length * size;
     float *joined, *back, *grad_o, *grad[3];
     ATTN_TRY(attn_take_f32(call, rows * size, &joined));
@@ -305,10 +344,10 @@ static attn_status rcmha_backward(attn_call *call)
     ATTN_TRY(attn_take_f32(call, x.batch * x.m * size, &grad[1]));
     ATTN_TRY(attn_take_f32(call, x.batch * x.m * size, &grad[2]));
     memset(grad[0], 0, (size_t)queries * sizeof(float));
-    place(call, &x, x.n, 0, x.n, joined, x.core.o, 1);
+    attn_heads_join(&shape, call->threads, x.core.o, joined);
     ATTN_TRY(attn_linear_backward(call->arena, call->threads, rows, size, attn_dim(call, "Cout"), joined, attn_f32(call->t[W_O]),
                                   attn_f32(call->grad[Y]), back, attn_f32(call->grad[W_O]), attn_f32(call->grad[B_O])));
-    place(call, &x, x.n, 0, x.n, back, grad_o, 0);
+    attn_heads_split(&shape, call->threads, back, grad_o);
     rcmha_core_gradients g = {grad_o, grad[0] + (x.s[0].length - x.n) * x.d, grad[1], grad[2], attn_f32(call->grad[REL_EMB]),
                               attn_f32(call->grad[REL_BIAS]), attn_f32(call->grad[Q_BIAS])};
     ATTN_TRY(attn_rcmha_core_backward(call, &x.core, &g));
