@@ -234,6 +234,48 @@ static void free_inputs(opcheck_case *c)
     }
 }
 
+/* Sequences longer than the spans in which layers project them: the same token by token, and cut into memory and x. */
+static void test_long_layers(void **state)
+{
+    (void)state;
+    enum { N = 2100, CUT = 1070, C = 6 };
+    static const char *const specs[] = {"rcmha:heads=2", "bam.moa:heads=2,kv_heads=2,top_k=1"};
+    float *whole = calloc(N * C, sizeof *whole), *other = calloc(N * C, sizeof *other);
+    assert_true(whole != NULL && other != NULL);
+    for (int i = 0; i < 3; i++) {
+        const char *spec = specs[i % 2];
+        char again[80];
+        int64_t n = i == 2 ? N : N / 2 + 20;
+        opcheck_case c = {.spec = spec, .seed = 5};
+        float *x = opcheck_input(&c, "x", SHAPE(1, n, C));
+        if (i % 2 == 0) {
+            opcheck_input(&c, "w_q", SHAPE(8, C)), opcheck_input(&c, "w_k", SHAPE(8, C)), opcheck_input(&c, "w_v", SHAPE(8, C));
+            opcheck_input(&c, "conv_q_w", SHAPE(2, 4, 3)), opcheck_input(&c, "conv_k_w", SHAPE(4, 3)), opcheck_input(&c, "conv_v_w", SHAPE(4, 3));
+            opcheck_input(&c, "w_o", SHAPE(C, 8));
+        } else {
+            opcheck_input(&c, "w_router", SHAPE(2, C)), opcheck_input(&c, "w_q", SHAPE(2, 8, C)), opcheck_input(&c, "w_k", SHAPE(1, 8, C));
+            opcheck_input(&c, "w_v", SHAPE(1, 8, C)), opcheck_input(&c, "w_o", SHAPE(2, C, 8));
+        }
+        output_of(spec, &c, "y", attn_tensor_make(whole, ATTN_F32, SHAPE(1, n, C)));
+        int64_t first = i == 2 ? CUT : 0;
+        snprintf(again, sizeof again, "%s%s", spec, i == 2 ? ",q_history=mem" : ",decode=true");
+        opcheck_case cut = c;
+        if (i == 2) {
+            cut.in[0].tensor = attn_tensor_make(x + CUT * C, ATTN_F32, SHAPE(1, n - CUT, C));
+            cut.in[cut.in_count++] = (attn_named_tensor){"mem", attn_tensor_make(x, ATTN_F32, SHAPE(1, CUT, C))};
+        }
+        output_of(again, &cut, "y", attn_tensor_make(other + first * C, ATTN_F32, SHAPE(1, n - first, C)));
+        for (int64_t at = first * C; at < n * C; at++) {
+            if (!(fabsf(whole[at] - other[at]) <= 2e-4f)) {
+                fail_msg("%s, number %d: %.8g, all at once %.8g", again, (int)at, (double)other[at], (double)whole[at]);
+            }
+        }
+        free_inputs(&c);
+    }
+    free(whole);
+    free(other);
+}
+
 static void test_retrieval_any_scale(void **state)
 {
     (void)state;
@@ -423,7 +465,7 @@ int main(void)
         cmocka_unit_test(test_mrsa_gradients),    cmocka_unit_test(test_mrsa_errors),        cmocka_unit_test(test_disendiff_gradients),
         cmocka_unit_test(test_disendiff_errors),  cmocka_unit_test(test_retrieval_errors),   cmocka_unit_test(test_retrieval_many_steps),
         cmocka_unit_test(test_retrieval_any_scale), cmocka_unit_test(test_retrieval_ties), cmocka_unit_test(test_masked_heads), cmocka_unit_test(test_softpag_sweeps),
-        cmocka_unit_test(test_softpag_of_nothing), cmocka_unit_test(test_embed_checks_ids),
+        cmocka_unit_test(test_softpag_of_nothing), cmocka_unit_test(test_embed_checks_ids), cmocka_unit_test(test_long_layers),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }
