@@ -13,6 +13,7 @@
 
 #include <string.h>
 
+#define KEPT 4194304 /* numbers that backward keeps of heads that go together, about */
 #define PAPER "arXiv:2202.06258"
 
 typedef struct flow_params {
@@ -357,14 +358,15 @@ static void back_causal(const flow *f, const head *h, const double *gi, const do
     }
 }
 
-/* grad_q, grad_k, grad_v are overwritten; each may be NULL. */
-static attn_status core_backward(attn_call *call, const flow *f, const float *q, const float *k, const float *v, const float *grad_o,
+/* Of all heads of f together. */
+static attn_status back_heads(attn_call *call, const flow *f, const float *q, const float *k, const float *v, const float *grad_o,
                                  float *grad_q, float *grad_k, float *grad_v)
 {
     flow_work w;
     float *r, *gr, *gq, *gk, *gw;
     double *gi, *gal, *gc;
     int64_t heads = f->batch * f->heads, kv = heads / f->group;
+    attn_arena_mark mark = attn_arena_get_mark(call->arena);
     ATTN_TRY(make_work(call, f, &w));
     ATTN_TRY(attn_take_f32(call, heads * f->n * f->dv, &r));
     ATTN_TRY(attn_take_f32(call, heads * f->n * f->dv, &gr));
@@ -420,6 +422,26 @@ static attn_status core_backward(attn_call *call, const flow *f, const float *q,
                 grad_v[i * f->m * f->dv + e] = (first != 0 ? grad_v[i * f->m * f->dv + e] : 0) + gw[from * f->m * f->dv + e];
             }
         }
+    }
+    attn_arena_release(call->arena, mark);
+    return ATTN_OK;
+}
+
+static float *moved(float *to, int64_t count) { return to != NULL ? to + count : NULL; }
+
+/* grad_q, grad_k, grad_v are overwritten; each may be NULL. Heads take turns where what is kept of them is large. */
+static attn_status core_backward(attn_call *call, const flow *f, const float *q, const float *k, const float *v, const float *grad_o,
+                                 float *grad_q, float *grad_k, float *grad_v)
+{
+    int64_t kv = f->batch * f->heads / f->group, each = f->group * (f->n + f->m) * (3 * f->d + 2 * f->dv);
+    int64_t together = attn_max_i64(call->threads, KEPT / each);
+    for (int64_t first = 0; first < kv; first += together) {
+        flow part = *f;
+        part.batch = 1;
+        part.heads = attn_min_i64(together, kv - first) * f->group;
+        int64_t queries = first * f->group * f->n, keys = first * f->m;
+        ATTN_TRY(back_heads(call, &part, q + queries * f->d, k + keys * f->d, v + keys * f->dv, grad_o + queries * f->dv,
+                            moved(grad_q, queries * f->d), moved(grad_k, keys * f->d), moved(grad_v, keys * f->dv)));
     }
     return ATTN_OK;
 }
