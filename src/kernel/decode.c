@@ -7,6 +7,7 @@
  * of the data it does nothing. */
 #define BYTES_AHEAD 32768
 #define BYTES_AHEAD_LISTED 16384 /* of rows that lie anywhere; those of a list's beginning come late */
+#define SCALES_AHEAD 1024        /* numbers */
 #define BLOCK_BYTES 8192         /* rows of values that pass through L1 for one tile of columns after another */
 
 /* Compilers must not gather the fetches of a row at its start, where a core would wait for them, nor keep f32 in registers: read again from
@@ -160,9 +161,8 @@ VINLINE void sums_of_4(const int whole, const vf x[4], float unit, float *to)
 }
 #endif
 
-/* One vector of columns of `keys` keys, `at` bytes from their beginnings: acc[r * step + i] += of row r and key i. With `away`, sums so far
- * are put there first and new ones begin. */
-VINLINE void score_vector(const int rows, const int keys, const int step, const int whole, vf acc[], float *away, const char *q, int64_t ldq,
+/* One vector of columns of `keys` keys, `at` bytes from their beginnings: acc[r * step + i] += of row r and key i. */
+VINLINE void score_vector(const int rows, const int keys, const int step, const int whole, vf acc[], const char *q, int64_t ldq,
                           const char *const k[], const attn_dtype dtype, int64_t at)
 {
     vf x[4];
@@ -175,14 +175,7 @@ VINLINE void score_vector(const int rows, const int keys, const int step, const 
         vf y = v_load((const void *)(q + r * ldq));
 #pragma GCC unroll 4
         for (int i = 0; i < keys; i++) {
-            vf *sum = &acc[r * step + i];
-            if (away != NULL) {
-                v_store(away + (r * step + i) * VW, *sum);
-                *sum = v_mul(x[i], y);
-                KEEP_ORDER;
-            } else {
-                multiply_add(whole, sum, x[i], y);
-            }
+            multiply_add(whole, &acc[r * step + i], x[i], y);
         }
     }
 }
@@ -203,11 +196,11 @@ VINLINE void score_keys(const int rows, const int keys, const int step, const in
         }
 #pragma GCC unroll 4
         for (int l = 0; l < line; l++, q += VW * 4, at += bytes) {
-            score_vector(rows, keys, step, whole, acc, NULL, q, ldq, k, dtype, at);
+            score_vector(rows, keys, step, whole, acc, q, ldq, k, dtype, at);
         }
     }
     for (; c + columns <= d; c += columns, q += VW * 4, at += bytes) {
-        score_vector(rows, keys, step, whole, acc, NULL, q, ldq, k, dtype, at);
+        score_vector(rows, keys, step, whole, acc, q, ldq, k, dtype, at);
     }
     int rest = (int)(d - c);
     if (rest > 0) {
@@ -263,63 +256,129 @@ VINLINE void scores_of(const int rows, const int keys, const int whole, float *s
 
 
 #if V_REGISTERS == 32
-#define MOST_PACKED 512 /* width of queries */
+#define MOST_PACKED 2048 /* bytes of a query */
 
-/* Of each of four vectors in memory. */
-VINLINE void sums_of_4_at(const float *from, float *to)
+/* a b, and sum + a b; whole: of 16-bit pairs. */
+VINLINE vf multiply(const int whole, vf a, vf b)
+{
+#if WHOLE_NUMBERS
+    if (whole) {
+        return _mm512_castsi512_ps(_mm512_madd_epi16(_mm512_castps_si512(a), _mm512_castps_si512(b)));
+    }
+#endif
+    (void)whole;
+    return v_mul(a, b);
+}
+
+VINLINE vf add_product(const int whole, vf sum, vf a, vf b)
+{
+#if WHOLE_NUMBERS
+    if (whole) {
+        return _mm512_castsi512_ps(_mm512_dpwssd_epi32(_mm512_castps_si512(sum), _mm512_castps_si512(a), _mm512_castps_si512(b)));
+    }
+#endif
+    (void)whole;
+    return v_fma(a, b, sum);
+}
+
+#if defined(ATTN_ISA_AVX512)
+VINLINE __m256 add_halves(const int whole, __m256 a, __m256 b)
+{
+    return whole ? _mm256_castsi256_ps(_mm256_add_epi32(_mm256_castps_si256(a), _mm256_castps_si256(b))) : _mm256_add_ps(a, b);
+}
+#endif
+
+/* Of each of four vectors in memory; whole: times unit. */
+VINLINE void sums_of_4_at(const int whole, const float *from, float unit, float *to)
 {
 #if defined(ATTN_ISA_AVX512)
     __m256 x[4]; /* halves are loaded: shuffles share a pipe with products */
 #pragma GCC unroll 4
     for (int i = 0; i < 4; i++) {
-        x[i] = _mm256_add_ps(_mm256_load_ps(from + i * VW), _mm256_load_ps(from + i * VW + VW / 2));
+        x[i] = add_halves(whole, _mm256_load_ps(from + i * VW), _mm256_load_ps(from + i * VW + VW / 2));
     }
-    __m256 ab = _mm256_add_ps(_mm256_unpacklo_ps(x[0], x[1]), _mm256_unpackhi_ps(x[0], x[1]));
-    __m256 cd = _mm256_add_ps(_mm256_unpacklo_ps(x[2], x[3]), _mm256_unpackhi_ps(x[2], x[3]));
-    __m256 abcd = _mm256_add_ps(_mm256_shuffle_ps(ab, cd, 0x44), _mm256_shuffle_ps(ab, cd, 0xEE));
-    _mm_storeu_ps(to, _mm_add_ps(_mm256_castps256_ps128(abcd), _mm256_extractf128_ps(abcd, 1)));
+    __m256 ab = add_halves(whole, _mm256_unpacklo_ps(x[0], x[1]), _mm256_unpackhi_ps(x[0], x[1]));
+    __m256 cd = add_halves(whole, _mm256_unpacklo_ps(x[2], x[3]), _mm256_unpackhi_ps(x[2], x[3]));
+    __m256 abcd = add_halves(whole, _mm256_shuffle_ps(ab, cd, 0x44), _mm256_shuffle_ps(ab, cd, 0xEE));
+    __m128 low = _mm256_castps256_ps128(abcd), high = _mm256_extractf128_ps(abcd, 1);
+    if (whole) {
+        __m128i sum = _mm_add_epi32(_mm_castps_si128(low), _mm_castps_si128(high));
+        _mm_storeu_ps(to, _mm_mul_ps(_mm_cvtepi32_ps(sum), _mm_set1_ps(unit)));
+    } else {
+        _mm_storeu_ps(to, _mm_add_ps(low, high));
+    }
 #else
+    (void)whole, (void)unit;
     for (int i = 0; i < 4; i++) {
         to[i] = v_sum(v_load(from + i * VW));
     }
 #endif
 }
 
-/* 64 bytes of four keys, `stride` apart, with their part of the packed queries. */
-VINLINE void score_line(vf acc[], float *away, const float *packed, const char *first, int64_t stride, int64_t ahead, const attn_dtype dtype)
+/* 64 bytes of four keys with their part of the packed queries. first: sums so far are put away, and new ones begin. Of what was put away,
+ * `count` rows from `row` on are added up. */
+VINLINE void score_line(const int whole, const int first, vf acc[], float *away, const int count, int64_t row, const float *unit, float *to,
+                        int64_t ldt, const char *packed, const char *k0, int64_t stride, int64_t ahead, const attn_dtype dtype)
 {
+    const int bytes = (whole ? 2 * VW : VW) * (int)size_of(dtype), vectors = 64 / bytes;
     const char *k[4];
-    __asm__("" : "+r"(first)); /* or compilers keep a pointer to each of twelve rows, most of them in memory */
+    __asm__("" : "+r"(k0)); /* or compilers keep a pointer to each of twelve rows, most of them in memory */
 #pragma GCC unroll 4
     for (int i = 0; i < 4; i++) {
-        k[i] = first + i * stride;
+        k[i] = k0 + i * stride;
         fetch(k[i], ahead);
         __builtin_prefetch((const void *)((uintptr_t)k[i] + 4 * (uintptr_t)stride), 0, 3);
     }
 #pragma GCC unroll 8
-    for (int l = 0; l < 32 / VW; l++) {
-        score_vector(4, 4, 4, 0, acc, l == 0 ? away : NULL, (const char *)(packed + l * 4 * VW), VW * 4, k, dtype, l * VW * 2);
+    for (int l = 0; l < vectors; l++) {
+        vf x[4];
+#pragma GCC unroll 4
+        for (int i = 0; i < 4; i++) {
+            x[i] = load_operand(whole, k[i] + l * bytes, dtype);
+        }
+#pragma GCC unroll 4
+        for (int r = 0; r < 4; r++) {
+            vf y = v_load((const void *)(packed + (l * 4 + r) * VW * 4));
+#pragma GCC unroll 4
+            for (int i = 0; i < 4; i++) {
+                const int n = 4 * r + i;
+                if (first && l == 0) {
+                    v_store(away + n * VW, acc[n]);
+                    acc[n] = multiply(whole, x[i], y);
+                    KEEP_ORDER;
+                } else {
+                    acc[n] = add_product(whole, acc[n], x[i], y);
+                }
+            }
+        }
+        if (l >= vectors - count) {
+            int64_t r = row + l - (vectors - count);
+            sums_of_4_at(whole, away + r * 4 * VW, whole ? unit[r] : 0, to + r * ldt);
+        }
     }
 }
 
-/* Scores of four queries and rows of a 16-bit type, in fours of keys; returns how many keys were done.
+/* Scores of four queries and rows of a narrow type, in fours of keys; returns how many keys were done.
  *
  * Products take the time here, and what waits for the last of them holds up those that follow: machines share out their queues by what
  * waits in them. So sums are put away among the first products of the next four keys, and added up across lanes between later ones. */
-VINLINE int64_t scores_by_4(float *s, int64_t lds, const float *q, int64_t ldq, const row_source *from, const attn_dtype dtype,
-                            int64_t keys, int64_t d)
+VINLINE int64_t scores_by_4(const int whole, float *s, int64_t lds, const char *q, int64_t ldq, const float *unit, const row_source *from,
+                            const attn_dtype dtype, int64_t keys, int64_t d)
 {
-    const int64_t lines = d / 32, ahead = from->ahead * from->stride;
-    _Alignas(64) float away[16 * VW], packed[4 * MOST_PACKED]; /* as they are read: [vectors][4] */
+    const int vectors = 64 / ((whole ? 2 * VW : VW) * (int)size_of(dtype)), line_bytes = vectors * 4 * VW * 4;
+    const int count = whole ? 2 : 1; /* rows added up with each of the first lines */
+    const int64_t lines = d * size_of(dtype) / 64, ahead = from->ahead * from->stride;
+    _Alignas(64) float away[16 * VW];
+    _Alignas(64) char packed[4 * MOST_PACKED]; /* as they are read: [vectors][4] */
     float nowhere[16], *to = nowhere;
     int64_t ldt = 4, j = 0;
     vf acc[16];
-    if (d % 32 != 0 || d > MOST_PACKED || keys < 4) {
+    if (d * size_of(dtype) % 64 != 0 || lines * line_bytes > 4 * MOST_PACKED || keys < 4) {
         return 0;
     }
-    for (int64_t c = 0; c < d; c += VW) {
+    for (int64_t l = 0; l < lines * vectors; l++) {
         for (int r = 0; r < 4; r++) {
-            v_store(packed + c * 4 + r * VW, v_load(q + r * ldq + c));
+            memcpy(packed + (l * 4 + r) * VW * 4, q + r * ldq + l * VW * 4, VW * 4);
         }
     }
 #pragma GCC unroll 16
@@ -328,41 +387,41 @@ VINLINE int64_t scores_by_4(float *s, int64_t lds, const float *q, int64_t ldq, 
     }
     for (; j + 4 <= keys; j += 4) {
         const char *k = row_at(0, from, j);
-        int64_t line = 1;
-        score_line(acc, away, packed, k, from->stride, ahead, dtype);
-        sums_of_4_at(away, to);
-        for (; line < 4 && line < lines; line++) {
-            score_line(acc, NULL, packed + line * 128, k + line * 64, from->stride, ahead, dtype);
-            sums_of_4_at(away + line * 4 * VW, to + line * ldt);
+        int64_t line = 1, row = count;
+        score_line(whole, 1, acc, away, count, 0, unit, to, ldt, packed, k, from->stride, ahead, dtype);
+        for (; row < 4 && line < lines; line++, row += count) {
+            score_line(whole, 0, acc, away, count, row, unit, to, ldt, packed + line * line_bytes, k + line * 64, from->stride, ahead, dtype);
         }
-        for (int64_t r = line; r < 4; r++) {
-            sums_of_4_at(away + r * 4 * VW, to + r * ldt);
+        for (; row < 4; row++) {
+            sums_of_4_at(whole, away + row * 4 * VW, whole ? unit[row] : 0, to + row * ldt);
         }
         for (; line < lines; line++) {
-            score_line(acc, NULL, packed + line * 128, k + line * 64, from->stride, ahead, dtype);
+            score_line(whole, 0, acc, away, 0, 0, unit, to, ldt, packed + line * line_bytes, k + line * 64, from->stride, ahead, dtype);
         }
         to = s + j;
         ldt = lds;
     }
 #pragma GCC unroll 4
     for (int r = 0; r < 4; r++) {
-        sums_of_4(0, acc + 4 * r, 0, to + r * ldt);
+#pragma GCC unroll 4
+        for (int i = 0; i < 4; i++) {
+            v_store(away + (4 * r + i) * VW, acc[4 * r + i]);
+        }
+        sums_of_4_at(whole, away + r * 4 * VW, whole ? unit[r] : 0, to + r * ldt);
     }
     return j;
 }
 
 /* Functions of their own, for whose loops alone registers are shared out. */
-static __attribute__((noinline)) int64_t scores_by_4_f16(float *s, int64_t lds, const float *q, int64_t ldq, const row_source *from,
-                                                         int64_t keys, int64_t d)
-{
-    return scores_by_4(s, lds, q, ldq, from, ATTN_F16, keys, d);
-}
-
-static __attribute__((noinline)) int64_t scores_by_4_bf16(float *s, int64_t lds, const float *q, int64_t ldq, const row_source *from,
-                                                          int64_t keys, int64_t d)
-{
-    return scores_by_4(s, lds, q, ldq, from, ATTN_BF16, keys, d);
-}
+#define SCORES_BY_4(name, whole, dtype)                                                                                                \
+    static __attribute__((noinline)) int64_t name(float *s, int64_t lds, const char *q, int64_t ldq, const float *unit,               \
+                                                  const row_source *from, int64_t keys, int64_t d)                                    \
+    {                                                                                                                                  \
+        return scores_by_4(whole, s, lds, q, ldq, unit, from, dtype, keys, d);                                                         \
+    }
+SCORES_BY_4(scores_by_4_f16, 0, ATTN_F16)
+SCORES_BY_4(scores_by_4_bf16, 0, ATTN_BF16)
+SCORES_BY_4(scores_by_4_i8, WHOLE_NUMBERS, ATTN_I8)
 #endif
 
 VINLINE void scores_rows(const int rows, const int whole, float *s, int64_t lds, const void *q, int64_t ldq, const float *unit,
@@ -371,8 +430,10 @@ VINLINE void scores_rows(const int rows, const int whole, float *s, int64_t lds,
     const int together = keys_together(rows, dtype);
     int64_t j = 0;
 #if V_REGISTERS == 32
-    if (rows == 4 && !listed && (dtype == ATTN_F16 || dtype == ATTN_BF16)) {
-        j = (dtype == ATTN_F16 ? scores_by_4_f16 : scores_by_4_bf16)(s, lds, q, ldq / 4, k, keys, d);
+    if (rows == 4 && !listed && (dtype == ATTN_F16 || dtype == ATTN_BF16 || (dtype == ATTN_I8 && whole == WHOLE_NUMBERS))) {
+        j = (dtype == ATTN_F16    ? scores_by_4_f16
+             : dtype == ATTN_BF16 ? scores_by_4_bf16
+                                  : scores_by_4_i8)(s, lds, q, ldq, unit, k, keys, d);
     }
 #endif
     for (; j + together <= keys; j += together) {
@@ -639,6 +700,9 @@ static void scale_keys(float *s, int64_t lds, int64_t rows, const float *by, int
     for (int64_t j = 0; j < keys; j += VW) {
         int lanes = keys - j < VW ? (int)(keys - j) : VW;
         float apart[VW];
+        if (list == NULL) { /* a line or two of each call: too few for the machine to see */
+            fetch((const char *)by, (j * stride + SCALES_AHEAD) * (int64_t)sizeof *by);
+        }
         for (int i = 0; (stride != 1 || list != NULL) && i < lanes; i++) {
             apart[i] = by[(list != NULL ? list[j + i] : j + i) * stride];
         }
