@@ -3,7 +3,6 @@
  */
 #include "core/internal.h"
 #include "core/random.h"
-#include "tensor/half.h"
 #include "kernel/dispatch.h"
 #include "kernel/peak.h"
 #include <attn/dense.h>
@@ -108,14 +107,15 @@ static void fill(void *to, attn_dtype dtype, size_t count, uint64_t seed)
 {
     size_t size = attn_dtype_size(dtype), some = 65536;
     float *x = random_floats(some, seed);
-    for (size_t i = 0; x != NULL && i < some; i++) {
-        switch (dtype) {
-        case ATTN_F16: ((uint16_t *)to)[i] = attn_f32_to_f16(x[i]); break;
-        case ATTN_BF16: ((uint16_t *)to)[i] = attn_f32_to_bf16(x[i]); break;
-        case ATTN_I8: ((int8_t *)to)[i] = (int8_t)(x[i] * 127); break;
-        default: ((float *)to)[i] = x[i];
-        }
+    if (x == NULL) {
+        must(ATTN_ERR_MEMORY);
     }
+    for (size_t i = 0; dtype == ATTN_I8 && i < some; i++) {
+        x[i] *= 127;
+    }
+    attn_tensor first = attn_tensor_make(to, dtype, 1, (int64_t[]){(int64_t)some});
+    attn_tensor numbers = attn_tensor_make(x, ATTN_F32, 1, first.shape);
+    must(attn_tensor_copy(&first, &numbers));
     for (size_t done = some; done < count; done += some) {
         memcpy((char *)to + done * size, to, (count - done < some ? count - done : some) * size);
     }

@@ -136,20 +136,29 @@ VINLINE vf add_as(const int whole, vf a, vf b)
     return whole ? _mm512_castsi512_ps(_mm512_add_epi32(_mm512_castps_si512(a), _mm512_castps_si512(b))) : _mm512_add_ps(a, b);
 }
 
+VINLINE __m256 add_halves(const int whole, __m256 a, __m256 b)
+{
+    return whole ? _mm256_castsi256_ps(_mm256_add_epi32(_mm256_castps_si256(a), _mm256_castps_si256(b))) : _mm256_add_ps(a, b);
+}
+
+/* Four sums from two fours of halves; whole: times unit. */
+VINLINE void finish_sums(const int whole, __m256 x, float unit, float *to)
+{
+    __m128 low = _mm256_castps256_ps128(x), high = _mm256_extractf128_ps(x, 1);
+    if (whole) {
+        __m128i sum = _mm_add_epi32(_mm_castps_si128(low), _mm_castps_si128(high));
+        _mm_storeu_ps(to, _mm_mul_ps(_mm_cvtepi32_ps(sum), _mm_set1_ps(unit)));
+    } else {
+        _mm_storeu_ps(to, _mm_add_ps(low, high));
+    }
+}
+
 VINLINE void sums_of_4(const int whole, const vf x[4], float unit, float *to)
 {
     vf ab = add_as(whole, _mm512_mask_blend_ps(0xCCCC, x[0], x[1]), _mm512_shuffle_ps(x[0], x[1], 0x4E));
     vf cd = add_as(whole, _mm512_mask_blend_ps(0xCCCC, x[2], x[3]), _mm512_shuffle_ps(x[2], x[3], 0x4E));
     vf abcd = add_as(whole, _mm512_shuffle_ps(ab, cd, 0x88), _mm512_shuffle_ps(ab, cd, 0xDD));
-    __m256 low = _mm512_castps512_ps256(abcd), high = _mm512_extractf32x8_ps(abcd, 1);
-    if (whole) {
-        __m256i half = _mm256_add_epi32(_mm256_castps_si256(low), _mm256_castps_si256(high));
-        __m128i sum = _mm_add_epi32(_mm256_castsi256_si128(half), _mm256_extracti128_si256(half, 1));
-        _mm_storeu_ps(to, _mm_mul_ps(_mm_cvtepi32_ps(sum), _mm_set1_ps(unit)));
-    } else {
-        __m256 half = _mm256_add_ps(low, high);
-        _mm_storeu_ps(to, _mm_add_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1)));
-    }
+    finish_sums(whole, add_halves(whole, _mm512_castps512_ps256(abcd), _mm512_extractf32x8_ps(abcd, 1)), unit, to);
 }
 #else
 VINLINE void sums_of_4(const int whole, const vf x[4], float unit, float *to)
@@ -254,11 +263,10 @@ VINLINE void scores_of(const int rows, const int keys, const int whole, float *s
     }
 }
 
-
 #if V_REGISTERS == 32
 #define MOST_PACKED 2048 /* bytes of a query */
 
-/* a b, and sum + a b; whole: of 16-bit pairs. */
+/* a b, as multiply_add() adds it: sums begin with it. */
 VINLINE vf multiply(const int whole, vf a, vf b)
 {
 #if WHOLE_NUMBERS
@@ -269,24 +277,6 @@ VINLINE vf multiply(const int whole, vf a, vf b)
     (void)whole;
     return v_mul(a, b);
 }
-
-VINLINE vf add_product(const int whole, vf sum, vf a, vf b)
-{
-#if WHOLE_NUMBERS
-    if (whole) {
-        return _mm512_castsi512_ps(_mm512_dpwssd_epi32(_mm512_castps_si512(sum), _mm512_castps_si512(a), _mm512_castps_si512(b)));
-    }
-#endif
-    (void)whole;
-    return v_fma(a, b, sum);
-}
-
-#if defined(ATTN_ISA_AVX512)
-VINLINE __m256 add_halves(const int whole, __m256 a, __m256 b)
-{
-    return whole ? _mm256_castsi256_ps(_mm256_add_epi32(_mm256_castps_si256(a), _mm256_castps_si256(b))) : _mm256_add_ps(a, b);
-}
-#endif
 
 /* Of each of four vectors in memory; whole: times unit. */
 VINLINE void sums_of_4_at(const int whole, const float *from, float unit, float *to)
@@ -300,13 +290,7 @@ VINLINE void sums_of_4_at(const int whole, const float *from, float unit, float 
     __m256 ab = add_halves(whole, _mm256_unpacklo_ps(x[0], x[1]), _mm256_unpackhi_ps(x[0], x[1]));
     __m256 cd = add_halves(whole, _mm256_unpacklo_ps(x[2], x[3]), _mm256_unpackhi_ps(x[2], x[3]));
     __m256 abcd = add_halves(whole, _mm256_shuffle_ps(ab, cd, 0x44), _mm256_shuffle_ps(ab, cd, 0xEE));
-    __m128 low = _mm256_castps256_ps128(abcd), high = _mm256_extractf128_ps(abcd, 1);
-    if (whole) {
-        __m128i sum = _mm_add_epi32(_mm_castps_si128(low), _mm_castps_si128(high));
-        _mm_storeu_ps(to, _mm_mul_ps(_mm_cvtepi32_ps(sum), _mm_set1_ps(unit)));
-    } else {
-        _mm_storeu_ps(to, _mm_add_ps(low, high));
-    }
+    finish_sums(whole, abcd, unit, to);
 #else
     (void)whole, (void)unit;
     for (int i = 0; i < 4; i++) {
@@ -347,7 +331,7 @@ VINLINE void score_line(const int whole, const int first, vf acc[], float *away,
                     acc[n] = multiply(whole, x[i], y);
                     KEEP_ORDER;
                 } else {
-                    acc[n] = add_product(whole, acc[n], x[i], y);
+                    multiply_add(whole, &acc[n], x[i], y);
                 }
             }
         }

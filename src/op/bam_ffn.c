@@ -56,7 +56,7 @@ attn_status attn_bam_ffn_forward(attn_call *call, bam_ffn *f, float *y, float *l
         }
         const float *rows = attn_bam_rows(call, r, e, f->width, f->x, x);
         ATTN_TRY(attn_ffn_forward(&expert, call->arena, call->threads, count, rows, part));
-        attn_bam_weigh(call, r, e, 0, bam_count(r, e), f->width, part);
+        attn_bam_weigh(call, r, e, 0, count, f->width, part);
         attn_rows_scatter_add(call->threads, f->width, part, bam_list(r, e), count, y);
     }
     for (int64_t t = 0; t < f->tokens; t++) {
@@ -104,7 +104,7 @@ attn_status attn_bam_ffn_backward(attn_call *call, bam_ffn *f, const float *grad
             }
             logits[list[i] * f->experts + e] += (float)sum;
         }
-        attn_bam_weigh(call, r, e, 0, bam_count(r, e), f->width, gy);
+        attn_bam_weigh(call, r, e, 0, count, f->width, gy);
         ATTN_TRY(attn_ffn_backward(&expert, call->arena, call->threads, count, rows, gy, gx, grad_up != NULL ? grad_up + e * up : NULL, NULL,
                                    grad_down != NULL ? grad_down + e * down : NULL, NULL));
         attn_rows_scatter_add(call->threads, f->width, gx, list, count, grad_x);

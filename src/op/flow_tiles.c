@@ -55,8 +55,8 @@ static int64_t kept(const attn_flow *f, int64_t count) { return f->causal || (f-
 static size_t work_floats(const attn_flow *f)
 {
     int64_t dp = padded(f->d), vp = padded(f->dv), stored = kept(f, f->n) + kept(f, f->m);
-    return (size_t)((stored > 0 ? stored : 2 * TILE) * dp + 2 * (2 * SUMS * dp + (2 * SUMS + 1) * dp + (3 * SUMS + 1) * TILE) + f->d * TILE + 2 * TILE * TILE +
-                    (f->causal ? 0 : padded(f->n)) + TILE + TILE * vp + f->d * vp);
+    return (size_t)((stored > 0 ? stored : 2 * TILE) * dp + 2 * (2 * SUMS * dp + (2 * SUMS + 1) * dp + (3 * SUMS + 1) * TILE) +
+                    f->d * TILE + 2 * TILE * TILE + (f->causal ? 0 : padded(f->n)) + TILE + TILE * vp + f->d * vp);
 }
 
 static float *take(float **memory, int64_t count)
