@@ -1,49 +1,26 @@
 /* Shared parts and the mechanisms built on them: matrix products against the machine's peak. */
-#include "core/internal.h"
-#include "core/random.h"
+#include "bench.h"
 #include "kernel/dispatch.h"
 #include "layer/gemm.h"
 #include <attn/op.h>
 
-#include <stdio.h>
-#include <stdlib.h>
-#include <time.h>
-
-static double now(void)
-{
-    struct timespec t;
-    clock_gettime(CLOCK_THREAD_CPUTIME_ID, &t);
-    return (double)t.tv_sec + 1e-9 * (double)t.tv_nsec;
-}
-
-static float *numbers(int64_t count)
-{
-    float *data = malloc((size_t)count * sizeof(float));
-    attn_random random;
-    attn_random_seed(&random, 1);
-    for (int64_t i = 0; data != NULL && i < count; i++) {
-        data[i] = (float)attn_random_normal(&random);
-    }
-    return data;
-}
-
 static double gemm_rate(attn_arena *arena, int trans_a, int trans_b, int64_t m, int64_t n, int64_t k)
 {
-    float *a = numbers(m * k), *b = numbers(k * n), *c = numbers(m * n);
+    float *a = bench_numbers(m * k, -1, 1, 1), *b = bench_numbers(k * n, -1, 1, 1), *c = bench_numbers(m * n, -1, 1, 1);
     double best = 1e30, work = 2.0 * (double)m * (double)n * (double)k, spent = 0;
     int repeats = work < 1e7 ? 100 : 1;
     while (spent < 0.15) {
-        double start = now();
+        double start = bench_now(1);
         for (int r = 0; r < repeats; r++) {
             attn_gemm(arena, 1, trans_a, trans_b, m, n, k, 1.0f, a, trans_a ? m : k, b, trans_b ? k : n, 0.0f, c, n);
         }
-        double time = now() - start;
+        double time = bench_now(1) - start;
         spent += time;
         best = time / repeats < best ? time / repeats : best;
     }
-    free(a);
-    free(b);
-    free(c);
+    attn_free(a);
+    attn_free(b);
+    attn_free(c);
     return work / best * 1e-9;
 }
 
@@ -55,21 +32,16 @@ static double op_time(const char *spec, attn_named_tensor *in, int in_count, dou
     attn_cost cost = {0, 0, 0};
     int out_count = 8;
     double best = 1e30;
-    if (attn_op_create(&op, spec) != ATTN_OK || attn_op_outputs(op, in, in_count, out, &out_count) != ATTN_OK) {
-        fprintf(stderr, "%s\n", attn_last_error());
-        exit(1);
-    }
+    bench_must(attn_op_create(&op, spec));
+    bench_must(attn_op_outputs(op, in, in_count, out, &out_count));
     for (int i = 0; i < out_count; i++) {
         out[i].tensor.data = calloc((size_t)attn_tensor_count(&out[i].tensor) + 1, attn_dtype_size(out[i].tensor.dtype));
     }
     for (int r = 0; r < 4; r++) {
         attn_exec one = {.threads = 1};
-        double start = now();
-        if (attn_op_forward(op, in, in_count, out, out_count, &one) != ATTN_OK) {
-            fprintf(stderr, "%s\n", attn_last_error());
-            exit(1);
-        }
-        double time = now() - start;
+        double start = bench_now(1);
+        bench_must(attn_op_forward(op, in, in_count, out, out_count, &one));
+        double time = bench_now(1) - start;
         best = time < best ? time : best;
     }
     attn_op_cost(op, in, in_count, &cost);
@@ -84,7 +56,7 @@ static double op_time(const char *spec, attn_named_tensor *in, int in_count, dou
 static attn_named_tensor input(const char *name, int ndim, const int64_t *shape)
 {
     attn_named_tensor t = {name, attn_tensor_make(NULL, ATTN_F32, ndim, shape)};
-    t.tensor.data = numbers(attn_tensor_count(&t.tensor));
+    t.tensor.data = bench_numbers(attn_tensor_count(&t.tensor), -1, 1, 1);
     return t;
 }
 
@@ -118,10 +90,7 @@ static void mechanisms(void)
 int main(void)
 {
     attn_arena *arena;
-    if (attn_arena_create(&arena, 0) != ATTN_OK) {
-        fprintf(stderr, "%s\n", attn_last_error());
-        return 1;
-    }
+    bench_must(attn_arena_create(&arena, 0));
     static const int64_t sizes[][3] = {{12, 32, 256},  {64, 64, 64},    {128, 128, 64},   {128, 128, 128},  {256, 256, 256}, {512, 512, 512},
                                        {1024, 1024, 1024}, {1536, 1536, 1536}, {1, 1024, 1024}, {4, 1024, 1024}, {16, 1024, 1024},
                                        {2048, 64, 64},  {2048, 2048, 64}, {64, 64, 2048}, {1000, 30, 200}};

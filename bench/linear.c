@@ -2,47 +2,12 @@
  * a plain pass over the state, all in one run.
  *     bench_linear [--threads N] [--repeats N] [--longest TOKENS]
  */
-#include "core/random.h"
+#include "bench.h"
 #include "exec/linear.h"
 #include "kernel/peak.h"
 #include "kernel/tile.h"
 
 #include <math.h>
-#include <stdio.h>
-#include <stdlib.h>
-#include <string.h>
-#include <time.h>
-
-/* With one thread its own time counts, so that other processes disturb less. */
-static double now(int threads)
-{
-    struct timespec t;
-    clock_gettime(threads == 1 ? CLOCK_THREAD_CPUTIME_ID : CLOCK_MONOTONIC, &t);
-    return (double)t.tv_sec + (double)t.tv_nsec * 1e-9;
-}
-
-static void must(attn_status status)
-{
-    if (status != ATTN_OK) {
-        fprintf(stderr, "%s\n", attn_last_error());
-        exit(1);
-    }
-}
-
-static float *numbers(int64_t count, double low, double high)
-{
-    float *x = attn_alloc_array((size_t)count, sizeof *x); /* as caches and activations of language models lie */
-    attn_random random;
-    attn_random_seed(&random, (uint64_t)count);
-    if (x == NULL) {
-        fprintf(stderr, "out of memory\n");
-        exit(1);
-    }
-    for (int64_t i = 0; i < count; i++) {
-        x[i] = (float)(low + (high - low) * attn_random_uniform(&random));
-    }
-    return x;
-}
 
 typedef struct problem {
     attn_linattn shape;
@@ -53,11 +18,12 @@ typedef struct problem {
 
 static problem make(int64_t heads, int64_t n, int64_t d, int threads)
 {
-    problem p = {.threads = threads, .q = numbers(heads * n * d, -1, 1), .k = numbers(heads * n * d, -1, 1),
-                 .v = numbers(heads * n * d, -1, 1), .o = numbers(heads * n * d, 0, 0), .state = numbers(heads * d * d, 0, 0),
-                 .slope = numbers(heads, 0.01, 0.1), .decays = numbers(heads * n * d, 0.9, 1)};
+    problem p = {.threads = threads, .q = bench_numbers(heads * n * d, -1, 1, 1), .k = bench_numbers(heads * n * d, -1, 1, 2),
+                 .v = bench_numbers(heads * n * d, -1, 1, 3), .o = bench_numbers(heads * n * d, 0, 0, 4),
+                 .state = bench_numbers(heads * d * d, 0, 0, 5), .slope = bench_numbers(heads, 0.01, 0.1, 6),
+                 .decays = bench_numbers(heads * n * d, 0.9, 1, 7)};
     p.shape = (attn_linattn){.batch = 1, .heads = heads, .kv_heads = heads, .n = n, .m = n, .d = d, .dv = d, .causal = 1, .scale = 1};
-    must(attn_arena_create(&p.arena, 0));
+    bench_must(attn_arena_create(&p.arena, 0));
     return p;
 }
 
@@ -75,10 +41,10 @@ static double best_seconds(problem *p, int decode, int repeats)
 {
     double best = INFINITY;
     for (int r = -1; r < repeats; r++) { /* the first one warms up */
-        double start = now(p->threads);
-        must(decode ? attn_linattn_decode(&p->shape, p->arena, p->threads, p->q, p->k, p->v, p->state, p->state, p->o)
+        double start = bench_now(p->threads);
+        bench_must(decode ? attn_linattn_decode(&p->shape, p->arena, p->threads, p->q, p->k, p->v, p->state, p->state, p->o)
                     : attn_linattn_forward(&p->shape, p->arena, p->threads, p->q, p->k, p->v, NULL, p->o, NULL));
-        double seconds = now(p->threads) - start;
+        double seconds = bench_now(p->threads) - start;
         best = r >= 0 && seconds < best ? seconds : best;
     }
     return best;
@@ -115,12 +81,12 @@ static void decoding(int64_t d, int64_t heads, int threads, int repeats)
     int runs = repeats * (int)attn_max_i64(1, (int64_t)(1e9 / bytes));
     double seconds = best_seconds(&p, 1, runs);
     for (int r = 0; r < runs; r++) {
-        double start = now(threads);
+        double start = bench_now(threads);
 #pragma omp parallel for num_threads(threads) schedule(static)
         for (int64_t h = 0; h < heads; h++) {
             tile->scale(p.state + h * d * d, d * d, 1.0f);
         }
-        double passed = now(threads) - start;
+        double passed = bench_now(threads) - start;
         pass = passed < pass ? passed : pass;
     }
     printf("| %3lld | %5lld | %8.2f MB | %9.2f us | %6.1f GB/s | %6.1f GB/s | %5.1f%% |\n", (long long)d, (long long)heads,
@@ -131,34 +97,22 @@ static void decoding(int64_t d, int64_t heads, int threads, int repeats)
 
 int main(int argc, char **argv)
 {
-    int threads = 1, repeats = 3;
-    int64_t longest = 262144;
-    for (int i = 1; i < argc; i++) {
-        if (strcmp(argv[i], "--threads") == 0 && i + 1 < argc) {
-            threads = atoi(argv[++i]);
-        } else if (strcmp(argv[i], "--repeats") == 0 && i + 1 < argc) {
-            repeats = atoi(argv[++i]);
-        } else if (strcmp(argv[i], "--longest") == 0 && i + 1 < argc) {
-            longest = atoll(argv[++i]);
-        } else {
-            fprintf(stderr, "usage: bench_linear [--threads N] [--repeats N] [--longest TOKENS]\n");
-            return 2;
-        }
-    }
-    if (threads < 1 || repeats < 1 || longest < 1024) {
-        fprintf(stderr, "bench_linear: expected at least 1 thread, 1 repeat and 1024 tokens\n");
-        return 2;
-    }
-    printf("causal, one decay per head, 2 heads, %d threads\n\n| D | tokens | ns per token and head | over the first | GFLOP/s | of the peak | decay by feature, ns |\n"
-           "| --- | --- | --- | --- | --- | --- | --- |\n", threads);
+    int64_t threads = 1, repeats = 3, longest = 262144;
+    const bench_option options[] = {BENCH_THREADS(threads), BENCH_REPEATS(repeats),
+                                    {.name = "--longest", .number = &longest, .least = 1024, .most = INT32_MAX}};
+    bench_options(argc, argv, "bench_linear [--threads N] [--repeats 1...99] [--longest 1024...]", 0, options, 3);
+    const attn_exec exec = {.threads = (int)threads};
+    threads = attn_exec_threads(&exec);
+    printf("causal, one decay per head, 2 heads, %lld threads\n\n| D | tokens | ns per token and head | over the first | GFLOP/s | of the peak | decay by feature, ns |\n"
+           "| --- | --- | --- | --- | --- | --- | --- |\n", (long long)threads);
     for (int64_t d = 64; d <= 128; d *= 2) {
-        lengths(d, threads, repeats, longest);
+        lengths(d, (int)threads, (int)repeats, longest);
     }
     printf("\none token\n\n| D | heads | state | time | decoding | reading and writing | share |\n| --- | --- | --- | --- | --- | --- | --- |\n");
     for (int64_t d = 64; d <= 128; d *= 2) {
-        decoding(d, 8, threads, repeats);
-        decoding(d, 64, threads, repeats);
-        decoding(d, (int64_t)128 << 20 >> (d == 64 ? 14 : 16), threads, repeats);
+        decoding(d, 8, (int)threads, (int)repeats);
+        decoding(d, 64, (int)threads, (int)repeats);
+        decoding(d, (int64_t)128 << 20 >> (d == 64 ? 14 : 16), (int)threads, (int)repeats);
     }
     return 0;
 }

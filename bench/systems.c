@@ -2,13 +2,10 @@
  * by the mechanism's own account of its work, and the scratch memory of a call beyond its inputs and outputs.
  *     bench_systems [--threads N] [--backward] [--size N] [NAME...]
  */
+#include "bench.h"
 #include <attn/attn.h>
 
 #include <math.h>
-#include <stdio.h>
-#include <stdlib.h>
-#include <string.h>
-#include <time.h>
 
 #define HEADS 8
 #define WIDTH 64
@@ -56,13 +53,6 @@ static const bench_system systems[] = {
     {"disendiff.attention", "q=1,8,N,64 k=1,8,77,64 v=1,8,77,64", "o", 0},
     {"retrieval_head.mask", QKV " heads=8:b", "o", 1},
 };
-
-static double now(void)
-{
-    struct timespec t;
-    clock_gettime(CLOCK_MONOTONIC, &t);
-    return (double)t.tv_sec + 1e-9 * (double)t.tv_nsec;
-}
 
 static void *must(void *memory)
 {
@@ -142,12 +132,6 @@ static int parse_inputs(const char *text, attn_named_tensor *in, char *names)
     return count;
 }
 
-static int ascending(const void *a, const void *b)
-{
-    double x = *(const double *)a, y = *(const double *)b;
-    return (x > y) - (x < y);
-}
-
 /* The most that the library holds from its allocator. */
 static size_t held, most_held;
 
@@ -217,23 +201,22 @@ static result measure(const char *spec, const attn_named_tensor *in, int in_coun
     size_t before = held;
     most_held = held;
     for (int i = -2; i < REPEATS; i++) {
-        double start = now();
+        double start = bench_now(0);
         attn_status status = attn_op_forward(op, in, in_count, &out, 1, &exec);
         if (status == ATTN_OK && backward && grads > 0) {
-            start = now();
+            start = bench_now(0);
             status = attn_op_backward(op, in, in_count, &out, 1, &grad_out, 1, grad_in, grads, &exec);
         }
         if (status != ATTN_OK) {
             fprintf(stderr, "%s: %s\n", spec, attn_last_error());
             exit(1);
         }
-        times[i < 0 ? 0 : i] = now() - start;
+        times[i < 0 ? 0 : i] = bench_now(0) - start;
         if (i == -2) {
             r.memory = (double)(most_held - before);
         }
     }
-    qsort(times, REPEATS, sizeof *times, ascending);
-    r.seconds = times[REPEATS / 2];
+    r.seconds = bench_median(times, REPEATS);
     attn_cost cost = {0, 0, 0};
     if (!backward && attn_op_cost(op, in, in_count, &cost) == ATTN_OK) {
         r.flops = cost.flops;
@@ -281,33 +264,29 @@ static void run(const bench_system *s, long n, int backward, int threads, double
 
 int main(int argc, char **argv)
 {
-    long sizes[] = {1024, 4096, 9216, 16384}; /* squares, for images */
-    int backward = 0, first = 1, threads = 2, count = 4;
-    for (; first < argc && argv[first][0] == '-'; first++) {
-        if (strcmp(argv[first], "--backward") == 0) {
-            backward = 1;
-        } else if (strcmp(argv[first], "--threads") == 0 && first + 1 < argc) {
-            threads = atoi(argv[++first]);
-        } else if (strcmp(argv[first], "--size") == 0 && first + 1 < argc) {
-            sizes[0] = atol(argv[++first]);
-            count = 1;
-        } else {
-            fputs("Usage: bench_systems [--threads N] [--backward] [--size N] [NAME...]\n", stderr);
-            return 2;
-        }
+    int64_t sizes[] = {1024, 4096, 9216, 16384}, size = 0, threads = 2; /* squares, for images */
+    int backward = 0, count = 4;
+    const bench_option options[] = {BENCH_THREADS(threads), {.name = "--backward", .flag = &backward},
+                                    {.name = "--size", .number = &size, .least = 1, .most = INT32_MAX}};
+    int names = bench_options(argc, argv, "bench_systems [--threads N] [--backward] [--size N] [NAME...]", argc, options, 3);
+    const attn_exec exec = {.threads = (int)threads};
+    threads = attn_exec_threads(&exec);
+    if (size > 0) {
+        sizes[0] = size;
+        count = 1;
     }
     attn_allocator allocator = {count_alloc, count_free, NULL};
     attn_set_allocator(&allocator);
-    double peak = attn_machine_peak_flops(threads);
-    printf("%d thread(s), peak %.0f GFLOP/s; %d heads of %d, dense beside each at the same N\n\n", threads, peak * 1e-9, HEADS, WIDTH);
+    double peak = attn_machine_peak_flops((int)threads);
+    printf("%d thread(s), peak %.0f GFLOP/s; %d heads of %d, dense beside each at the same N\n\n", (int)threads, peak * 1e-9, HEADS, WIDTH);
     printf("| mechanism | N | ms | times as fast as dense | share of peak | scratch MB |\n| --- | --- | --- | --- | --- | --- |\n");
     for (size_t i = 0; i < sizeof systems / sizeof systems[0]; i++) {
-        int wanted = first == argc;
-        for (int a = first; a < argc; a++) {
+        int wanted = names == 0;
+        for (int a = 0; a < names; a++) {
             wanted |= strncmp(systems[i].spec, argv[a], strlen(argv[a])) == 0;
         }
         for (int k = 0; k < count && wanted; k++) {
-            run(&systems[i], sizes[k], backward, threads, peak);
+            run(&systems[i], (long)sizes[k], backward, (int)threads, peak);
         }
     }
     return 0;
