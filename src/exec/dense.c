@@ -295,6 +295,9 @@ void attn_dense_finish_row(const dense_problem *p, const attn_tensor *o, const a
 
 /* ---- The tiled forward ---- */
 
+#define MOST_TASK_FLOATS (4 * DENSE_BLOCK_Q * 256) /* of the queries and sums of a task */
+#define TASKS_EACH 8                               /* of a thread, so that all of them end at about the same time */
+
 /* Packed keys [B*Hkv][m_pad * D] and values: packed [B*Hkv][M][dv_pad], or as they lie when they are whole rows of f32. */
 typedef struct packed {
     int64_t m_pad;
@@ -441,27 +444,38 @@ static void store_results(const dense_problem *p, worker *w, int64_t pair, int64
     }
 }
 
-static attn_status workers_create(const dense_problem *p, worker **workers, int threads, attn_arena *arena)
+/* Query rows of a task: the more, the less often keys and values are read from afar, but their rows and sums must stay in L2, and threads
+ * want many tasks to share. Results do not depend on it. */
+static int64_t task_rows(const dense_problem *p, int threads)
+{
+    int64_t pairs = p->batch * p->kv_heads, all = p->group * p->n, rows = DENSE_BLOCK_Q;
+    while (rows < 4 * DENSE_BLOCK_Q && 2 * rows * (p->d + p->dv) <= MOST_TASK_FLOATS && pairs * (all / (2 * rows)) >= TASKS_EACH * threads) {
+        rows *= 2;
+    }
+    return rows;
+}
+
+static attn_status workers_create(const dense_problem *p, worker **workers, int64_t rows, int threads, attn_arena *arena)
 {
     worker *made = attn_arena_array(arena, (size_t)threads, sizeof *made);
     for (int t = 0; t < threads && made != NULL; t++) {
         worker *w = &made[t];
-        w->q = attn_arena_array(arena, DENSE_BLOCK_Q, (size_t)p->d * sizeof(float));
+        w->q = attn_arena_array(arena, (size_t)rows, (size_t)p->d * sizeof(float));
         w->s = attn_arena_array(arena, DENSE_ROWS * DENSE_BLOCK_K, sizeof(float));
-        w->o = attn_arena_array(arena, DENSE_BLOCK_Q, (size_t)p->dv_pad * sizeof(float));
-        w->m = attn_arena_array(arena, 3 * DENSE_BLOCK_Q, sizeof(float));
+        w->o = attn_arena_array(arena, (size_t)rows, (size_t)p->dv_pad * sizeof(float));
+        w->m = attn_arena_array(arena, 3 * (size_t)rows, sizeof(float));
         w->rows = attn_arena_array(arena, DENSE_PACK_ROWS, (size_t)attn_max_i64(p->d, p->dv) * sizeof(float));
-        w->begin = attn_arena_array(arena, 2 * DENSE_BLOCK_Q, sizeof(int64_t));
+        w->begin = attn_arena_array(arena, 2 * (size_t)rows, sizeof(int64_t));
         if (w->q == NULL || w->s == NULL || w->o == NULL || w->m == NULL || w->rows == NULL || w->begin == NULL) {
             made = NULL;
             break;
         }
-        w->l = w->m + DENSE_BLOCK_Q;
-        w->alpha = w->l + DENSE_BLOCK_Q;
-        w->end = w->begin + DENSE_BLOCK_Q;
+        w->l = w->m + rows;
+        w->alpha = w->l + rows;
+        w->end = w->begin + rows;
     }
     *workers = made;
-    return made != NULL ? ATTN_OK : attn_fail_memory((size_t)threads * DENSE_BLOCK_Q * (size_t)(p->d + p->dv) * sizeof(float));
+    return made != NULL ? ATTN_OK : attn_fail_memory((size_t)threads * (size_t)(rows * (p->d + p->dv)) * sizeof(float));
 }
 
 static attn_status tiled(const dense_problem *p, const attn_tensor *o, const attn_tensor *lse, attn_arena *arena, int threads)
@@ -469,9 +483,9 @@ static attn_status tiled(const dense_problem *p, const attn_tensor *o, const att
     packed kv;
     worker *workers;
     ATTN_TRY(packed_create(p, &kv, arena));
-    ATTN_TRY(workers_create(p, &workers, threads, arena));
     int64_t pairs = p->batch * p->kv_heads, chunks = attn_ceil_div(p->m, DENSE_BLOCK_K);
-    int64_t rows = p->group * p->n, blocks = attn_ceil_div(rows, DENSE_BLOCK_Q);
+    int64_t rows = p->group * p->n, block_q = task_rows(p, threads), blocks = attn_ceil_div(rows, block_q);
+    ATTN_TRY(workers_create(p, &workers, block_q, threads, arena));
 #pragma omp parallel num_threads(threads)
     {
         worker *w = &workers[omp_get_thread_num()];
@@ -479,11 +493,11 @@ static attn_status tiled(const dense_problem *p, const attn_tensor *o, const att
         for (int64_t i = 0; i < pairs * chunks; i++) {
             pack_chunk(p, &kv, i / chunks, i % chunks, w->rows);
         }
-        /* Late blocks first: under causality they are the long ones. */
+        /* Pair after pair, whose keys and values then stay near; of each, late blocks first: under causality they are the long ones. */
 #pragma omp for schedule(dynamic, 1)
         for (int64_t i = 0; i < pairs * blocks; i++) {
-            int64_t pair = i % pairs, first = (blocks - 1 - i / pairs) * DENSE_BLOCK_Q;
-            int64_t count = attn_min_i64(DENSE_BLOCK_Q, rows - first), low = INT64_MAX, high = 0;
+            int64_t pair = i / blocks, first = (blocks - 1 - i % blocks) * block_q;
+            int64_t count = attn_min_i64(block_q, rows - first), low = INT64_MAX, high = 0;
             load_queries(p, w, pair, first, count);
             for (int64_t r = 0; r < count; r++) {
                 low = attn_min_i64(low, w->begin[r]);

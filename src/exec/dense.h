@@ -10,7 +10,7 @@
 
 /* Keys of a step of the online softmax. A multiple of every kernel's panel width. */
 #define DENSE_BLOCK_K 512
-/* Query rows that one task takes, and those that go through a block of keys together: multiples of the kernels' tile heights. */
+/* Query rows that one task takes at least, and those that go through a block of keys together: multiples of the kernels' tile heights. */
 #define DENSE_BLOCK_Q 192
 #define DENSE_ROWS 48
 

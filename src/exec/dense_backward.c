@@ -10,7 +10,8 @@
 #include <omp.h>
 #include <string.h>
 
-#define BLOCK_K 128
+#define BLOCK_K 384 /* keys of a block at most: the more, the less often queries are read and their gradients added to */
+#define LEAST_BLOCK_K 128
 #define BLOCK_Q 96 /* a multiple of GROUP */
 #define GROUP 24   /* rows or keys that go through a product together; a multiple of the kernels' tile heights */
 #define ENOUGH_TASKS 8
@@ -19,7 +20,7 @@ typedef struct backward {
     const dense_problem *p;
     const attn_tensor *grad_o;
     const attn_dense_gradients *to;
-    int64_t d_pad, shares;
+    int64_t d_pad, block_k, shares;
     float *lse2, *delta;   /* [B*H*N] */
     float *grad_q;         /* [shares][B,H,N,D] */
     double *slopes;        /* [tasks][group] */
@@ -195,8 +196,8 @@ static void score_rows(const backward *w, worker *x, const visible_rows *see, in
         kernels->grad_row(ds + low, row + low, count, w->delta[(b * p->heads + h) * p->n + n0 + r]);
         memset(row, 0, (size_t)low * sizeof *row);
         memset(ds, 0, (size_t)low * sizeof *ds);
-        memset(row + high, 0, (size_t)(BLOCK_K - high) * sizeof *row);
-        memset(ds + high, 0, (size_t)(BLOCK_K - high) * sizeof *ds);
+        memset(row + high, 0, (size_t)(w->block_k - high) * sizeof *row);
+        memset(ds + high, 0, (size_t)(w->block_k - high) * sizeof *ds);
         if (w->to->bias != NULL || slopes != NULL) {
             score_gradients(w, x, b, h, n0, r, key, attn_min_i64(high, p->m - key), slopes);
         }
@@ -247,7 +248,7 @@ static void query_block(const backward *w, worker *x, int64_t b, int64_t h, int6
 static void key_block(const backward *w, worker *x, int64_t pair, int64_t share, int64_t key, double *slopes)
 {
     const dense_problem *p = w->p;
-    int64_t b = pair / p->kv_heads, kv = pair % p->kv_heads, keys = attn_min_i64(BLOCK_K, p->m - key);
+    int64_t b = pair / p->kv_heads, kv = pair % p->kv_heads, keys = attn_min_i64(w->block_k, p->m - key);
     attn_dense_pack_transposed(p, x->kt, p->kernels->nr, &p->in->k, NULL, b, kv, key, keys, x->rows);
     attn_dense_pack_transposed(p, x->vt, p->kernels->nr, &p->in->v, NULL, b, kv, key, keys, x->rows);
     load_rows(p, x->k, &p->in->k, b, kv, key, keys, w->d_pad, (float)p->scale);
@@ -339,11 +340,22 @@ static void clear(const attn_tensor *t)
     }
 }
 
+/* Blocks of about equal size, and shares of them; returns how many blocks. */
+static int64_t share_keys(backward *w, int64_t pairs)
+{
+    int64_t m = w->p->m, shares = attn_min_i64(attn_ceil_div(ENOUGH_TASKS, pairs), attn_ceil_div(m, LEAST_BLOCK_K));
+    int64_t parts = attn_max_i64(1, attn_max_i64(shares, attn_ceil_div(m, BLOCK_K)));
+    w->block_k = attn_ceil_div(attn_ceil_div(m, parts), 64) * 64; /* whole panels */
+    int64_t blocks = w->block_k > 0 ? attn_ceil_div(m, w->block_k) : 0;
+    w->shares = attn_max_i64(1, attn_min_i64(shares, blocks));
+    return blocks;
+}
+
 static attn_status run(backward *w, const attn_tensor *o, const attn_tensor *lse, attn_arena *arena, int threads)
 {
     const dense_problem *p = w->p;
-    int64_t pairs = p->batch * p->kv_heads, rows = p->batch * p->heads * p->n, blocks = attn_ceil_div(p->m, BLOCK_K);
-    w->shares = pairs >= ENOUGH_TASKS ? 1 : attn_max_i64(1, attn_min_i64(blocks, attn_ceil_div(ENOUGH_TASKS, pairs)));
+    int64_t pairs = p->batch * p->kv_heads, rows = p->batch * p->heads * p->n;
+    int64_t blocks = share_keys(w, pairs);
     w->d_pad = attn_ceil_div(p->d, p->kernels->vw) * p->kernels->vw;
     int64_t tasks = pairs * w->shares, per_share = attn_ceil_div(blocks, w->shares);
     w->lse2 = attn_arena_array(arena, (size_t)rows, 2 * sizeof(float));
@@ -378,7 +390,7 @@ static attn_status run(backward *w, const attn_tensor *o, const attn_tensor *lse
             memset(w->grad_q + (share * p->batch * p->heads + head) * p->n * p->d, 0, (size_t)(p->n * p->d) * sizeof(float));
         }
         for (int64_t block = share * per_share; block < attn_min_i64(blocks, (share + 1) * per_share); block++) {
-            key_block(w, x, pair, share, block * BLOCK_K, w->slopes != NULL ? w->slopes + task * p->group : NULL);
+            key_block(w, x, pair, share, block * w->block_k, w->slopes != NULL ? w->slopes + task * p->group : NULL);
         }
     }
 #pragma omp parallel for num_threads(threads)
