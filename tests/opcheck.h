@@ -1,5 +1,5 @@
 /* Checks that hold for every mechanism, for the tests of mechanisms: run one by its SPEC on random inputs and compare its
- * gradients with central differences, and its results for 1, 2 and 7 threads bit by bit.
+ * gradients with central differences, its results for 1, 2 and 7 threads bit by bit, and its outputs before and after backward.
  *
  *     opcheck_case c = {.spec = "dense:causal=true", .seed = 1};
  *     opcheck_input(&c, "q", 4, (int64_t[]){1, 4, 5, 8});   // normal numbers; opcheck_uniform for a range; opcheck_given

@@ -34,7 +34,7 @@ static const attn_port_info window_ports[] = {
     ATTN_IN("q", "B,H,N,D", FLOAT, ATTN_PORT_DIFF, "queries, not rotated"),
     ATTN_IN("k", "B,Hkv,M,D", FLOAT, ATTN_PORT_DIFF, "keys, not rotated"),
     ATTN_IN("v", "B,Hkv,M,Dv", FLOAT, ATTN_PORT_DIFF, "values"),
-    ATTN_OUT("o", "B,H,N,Dv", FLOAT, ATTN_PORT_DIFF, "the attention output"),
+    ATTN_OUT("o", "B,H,N,Dv", FLOAT, ATTN_PORT_DIFF | ATTN_PORT_NO_BACKWARD, "the attention output"),
 };
 
 enum { Q, K, V, O };
@@ -264,16 +264,18 @@ static attn_status window_forward(attn_call *call)
 static attn_status window_backward(attn_call *call)
 {
     window_work w;
-    float *lse_data;
+    float *o_data, *lse_data;
     int64_t n = attn_dim(call, "N"), m = attn_dim(call, "M"), batch = attn_dim(call, "B"), heads = attn_dim(call, "H");
     const window_params *p = call->params;
     attn_exec exec = {.threads = call->threads, .arena = call->arena};
     ATTN_TRY(window_setup(call, &w));
+    ATTN_TRY(attn_take_f32(call, attn_tensor_count(call->t[O]), &o_data));
     ATTN_TRY(attn_take_f32(call, batch * heads * n, &lse_data));
+    attn_tensor o = attn_tensor_make(o_data, ATTN_F32, 4, call->t[O]->shape); /* not the caller's, which runs round otherwise */
     attn_tensor lse = attn_tensor_make(lse_data, ATTN_F32, 3, (int64_t[]){batch, heads, n});
-    ATTN_TRY(attn_dense_forward(&w.settings, &w.in, call->t[O], &lse, &exec));
+    ATTN_TRY(attn_dense_forward(&w.settings, &w.in, &o, &lse, &exec));
     attn_dense_gradients to = {.q = call->grad[Q], .k = call->grad[K], .v = call->grad[V]};
-    ATTN_TRY(attn_dense_backward(&w.settings, &w.in, call->t[O], &lse, call->grad[O], &to, &exec));
+    ATTN_TRY(attn_dense_backward(&w.settings, &w.in, &o, &lse, call->grad[O], &to, &exec));
     if (p->rotary_dim > 0 && call->grad[Q] != NULL) {
         ATTN_TRY(rotate(call, batch * heads, n, m - n, 1, attn_f32(call->grad[Q]), attn_f32(call->grad[Q])));
     }
