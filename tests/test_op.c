@@ -35,6 +35,8 @@ static void test_spec_errors_name_the_culprit(void **state)
     spec_fails("dense:window=[1]", "2 items");
     spec_fails("dense:window=[1,-2]", "window = [1,-2]: expected a list of whole numbers >= -1");
     spec_fails("dense:window=[1,2.5]", "whole numbers");
+    spec_fails("lightning:block=1e20", "block = 1e+20: expected a whole number >= 1 and <= 9007199254740992");
+    spec_fails("dsf.rglru:c=-1", "c = -1: expected a number >= 0");
     spec_fails("dense:softcap=-1", "softcap = -1: expected a number >= 0");
     spec_fails("dense:scale=abc", "scale = \"abc\"");
     spec_fails("dense:scale=1e999", "scale");

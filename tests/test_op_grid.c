@@ -177,6 +177,12 @@ static void agent_errors(void **unused)
     opcheck_input(&shortcut, "v", SHAPE(1, 1, 7, 4));
     opcheck_input(&shortcut, "agents", SHAPE(1, 1, 2, 4));
     opcheck_fails(&shortcut, ATTN_ERR_SHAPE, "shortcut needs as many queries as keys");
+    opcheck_case contrary = {.spec = "agent:agent_grid=[1,3]"};
+    opcheck_input(&contrary, "q", SHAPE(1, 1, 6, 4));
+    opcheck_input(&contrary, "k", SHAPE(1, 1, 7, 4));
+    opcheck_input(&contrary, "v", SHAPE(1, 1, 7, 4));
+    opcheck_input(&contrary, "agents", SHAPE(1, 1, 2, 4));
+    opcheck_fails(&contrary, ATTN_ERR_SHAPE, "agent_grid = [1, 3] does not hold the 2 agents");
     opcheck_case both = {.spec = "agent.layer:heads=2,grid=[4,4],agent_grid=[2,2],window=[2,2],cls=true"};
     agent_layer_inputs(&both, 17, 2, 2, 2, 2);
     opcheck_fails(&both, ATTN_ERR_ARGUMENT, "exclude one another");

@@ -173,16 +173,19 @@ static attn_status agent_setup(const attn_call *call, core *c)
                 .q = attn_f32(call->t[Q]), .k = attn_f32(call->t[K]), .v = attn_f32(call->t[V]), .bias_an = attn_f32(call->t[BIAS_AN]),
                 .bias_na = attn_f32(call->t[BIAS_NA]), .an_batch = 1, .na_batch = 1};
     c->scale2 = isnan(p->scale2) ? c->scale : p->scale2;
-    if (call->t[AGENTS] == NULL) {
-        if (p->grid.count == 0 || p->agent_grid.count == 0) {
-            return attn_fail(ATTN_ERR_ARGUMENT, "%s is needed to pool agents from q, or give agents",
-                             p->grid.count == 0 ? "grid" : "agent_grid");
-        }
-        if (p->grid.items[0] * p->grid.items[1] != c->n) {
-            return attn_fail(ATTN_ERR_SHAPE, "grid = [%lld, %lld] does not hold the %lld queries", (long long)p->grid.items[0],
-                             (long long)p->grid.items[1], (long long)c->n);
-        }
+    if (call->t[AGENTS] == NULL && (p->grid.count == 0 || p->agent_grid.count == 0)) {
+        return attn_fail(ATTN_ERR_ARGUMENT, "%s is needed to pool agents from q, or give agents", p->grid.count == 0 ? "grid" : "agent_grid");
+    }
+    if (p->grid.count > 0 && p->grid.items[0] * p->grid.items[1] != c->n) {
+        return attn_fail(ATTN_ERR_SHAPE, "grid = [%lld, %lld] does not hold the %lld queries", (long long)p->grid.items[0],
+                         (long long)p->grid.items[1], (long long)c->n);
+    }
+    if (p->agent_grid.count > 0) {
         c->a = p->agent_grid.items[0] * p->agent_grid.items[1];
+    }
+    if (call->t[AGENTS] != NULL && c->a != attn_dim(call, "A")) {
+        return attn_fail(ATTN_ERR_SHAPE, "agent_grid = [%lld, %lld] does not hold the %lld agents", (long long)p->agent_grid.items[0],
+                         (long long)p->agent_grid.items[1], (long long)attn_dim(call, "A"));
     }
     if (c->a < 1 || c->m < 1) {
         return attn_fail(ATTN_ERR_SHAPE, "A = %lld agents and M = %lld keys, expected at least 1 each", (long long)c->a, (long long)c->m);

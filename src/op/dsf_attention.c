@@ -636,7 +636,7 @@ static const attn_param_info matrices_param_table[] = {
     ATTN_P_CHOICE("arch", matrices_params, arch, NULL, "attention|s6|qlstm|rglru", "the architecture whose inputs are given"),
     ATTENTION_ENTRIES(matrices_params),
     ATTN_P_BOOL("reversed", matrices_params, reversed, "true", "of qlstm"),
-    ATTN_P_FLOAT("c", matrices_params, c, "8.0", -INFINITY, INFINITY, "of rglru"),
+    ATTN_P_FLOAT("c", matrices_params, c, "8.0", 0, INFINITY, "of rglru"),
 };
 
 enum { M_Q, M_K, M_V, M_N, M_U, M_DT, M_DT_BIAS, M_A_LOG, M_B, M_C, M_SKIP, M_X, M_W, M_BIAS, M_ALPHA, M_R, M_G, M_A, M_LAM, M_BM, M_CM, M_DM };

@@ -587,7 +587,7 @@ typedef struct rglru_params {
 } rglru_params;
 
 static const attn_param_info rglru_param_table[] = {
-    ATTN_P_FLOAT("c", rglru_params, c, "8.0", -INFINITY, INFINITY, "factor in the exponent of the decay"),
+    ATTN_P_FLOAT("c", rglru_params, c, "8.0", 0, INFINITY, "factor in the exponent of the decay"),
 };
 
 enum { R_X, R_R, R_G, R_A, R_H0, R_O, R_H_LAST };

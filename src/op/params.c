@@ -6,6 +6,7 @@
 #include <string.h>
 
 #define LIST_LIMIT 65536
+#define MOST_WHOLE 9007199254740992.0 /* whole numbers up to here are exact in JSON */
 
 static const char *type_text(const attn_param_info *param)
 {
@@ -21,17 +22,17 @@ static const char *type_text(const attn_param_info *param)
     return "?";
 }
 
-/* "a whole number >= 1": what the message says was expected. */
-static void expected(const attn_param_info *param, char *text, size_t bytes)
+/* "a whole number >= 1": what the message says was expected. most: the largest value, where that needs saying. */
+static void expected(const attn_param_info *param, double most, char *text, size_t bytes)
 {
     int used = snprintf(text, bytes, "%s", type_text(param));
     int numeric = param->type != ATTN_PARAM_BOOL && param->type != ATTN_PARAM_CHOICE && param->type != ATTN_PARAM_BOOLS;
     if (numeric && isfinite(param->min)) {
         used += snprintf(text + used, bytes - (size_t)used, " %s %.10g", param->min_open ? ">" : ">=", param->min);
     }
-    if (numeric && isfinite(param->max)) {
-        used += snprintf(text + used, bytes - (size_t)used, "%s %s %.10g", isfinite(param->min) ? " and" : "",
-                         param->max_open ? "<" : "<=", param->max);
+    if (numeric && isfinite(most)) {
+        used += snprintf(text + used, bytes - (size_t)used, "%s %s %.16g", isfinite(param->min) ? " and" : "",
+                         param->max_open ? "<" : "<=", most);
     }
     if (param->min_items > 1 || param->max_items > 0) {
         if (param->max_items == param->min_items) {
@@ -51,7 +52,8 @@ static void expected(const attn_param_info *param, char *text, size_t bytes)
 static attn_status wrong_value(const attn_op_class *cls, const attn_param_info *param, const cJSON *value)
 {
     char want[512];
-    expected(param, want, sizeof want);
+    int huge = param->type == ATTN_PARAM_INT && cJSON_IsNumber(value) && value->valuedouble > MOST_WHOLE;
+    expected(param, huge ? fmin(param->max, MOST_WHOLE) : param->max, want, sizeof want);
     char *got = cJSON_PrintUnformatted(value);
     attn_status status = attn_fail(ATTN_ERR_ARGUMENT, "%s: parameter %s = %.100s: expected %s", cls->info.name,
                                    param->name, got != NULL ? got : "?", want);
@@ -70,7 +72,7 @@ static int to_int(const attn_param_info *param, const cJSON *value, int64_t *out
         return 0;
     }
     double x = value->valuedouble;
-    if (!(x >= -9007199254740992.0 && x <= 9007199254740992.0) || x != floor(x) || !in_range(param, x)) {
+    if (!(fabs(x) <= MOST_WHOLE) || x != floor(x) || !in_range(param, x)) {
         return 0;
     }
     *out = (int64_t)x;
@@ -206,7 +208,7 @@ static attn_status fill(const attn_op_class *cls, const cJSON *given, char *para
             ATTN_TRY(set_value(cls, param, value, params));
         } else if (param->standard == NULL) {
             char want[512];
-            expected(param, want, sizeof want);
+            expected(param, param->max, want, sizeof want);
             return attn_fail(ATTN_ERR_ARGUMENT, "%s: parameter %s is required (%s)", info->name, param->name, want);
         } else {
             cJSON *standard = parse_value(param->standard);
