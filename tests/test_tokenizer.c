@@ -1,6 +1,7 @@
 /* Tokenizers, chat templates and sampling on small vocabularies made here. The comparison with reference tokenizers on real models is
  * tests/reference/check_tokenizer.py. */
 #include "core/random.h"
+#include "gguf_build.h"
 
 #include <attn/sample.h>
 #include <attn/tokenizer.h>
@@ -50,22 +51,28 @@ static void add(const char *text, int type)
 /* U+0120 is how the alphabet spells a space. */
 static const attn_gguf_string merges[] = {TEXT("h e"), TEXT("l l"), TEXT("he ll"), TEXT("hell o"), TEXT("\xc4\xa0 w"), TEXT("1 2")};
 
-enum { HE = 256, LL, HELL, HELLO, SPACE_W, TWELVE, START, END, CUSTOM };
+enum { HE = 256, LL, HELL, HELLO, SPACE_W, TWELVE, START, END, CUSTOM, OK };
 
-static attn_tokenizer *byte_level(const char *pre)
+static attn_tokenizer *byte_level_with(const char *pre, int add_bos, attn_gguf_string template)
 {
     make_bytes();
     add("he", ATTN_TOKEN_NORMAL), add("ll", ATTN_TOKEN_NORMAL), add("hell", ATTN_TOKEN_NORMAL), add("hello", ATTN_TOKEN_NORMAL);
     add("\xc4\xa0w", ATTN_TOKEN_NORMAL), add("12", ATTN_TOKEN_NORMAL);
     add("<|im_start|>", ATTN_TOKEN_CONTROL), add("<|im_end|>", ATTN_TOKEN_CONTROL), add("<tag>", ATTN_TOKEN_USER_DEFINED);
+    add("ok", ATTN_TOKEN_NORMAL); /* no merges lead to it */
     attn_tokenizer_data data = {.model = "gpt2", .pre = pre, .count = count, .texts = texts, .types = types, .merges = merges,
-                                .merge_count = 6, .bos = -1, .eos = END, .eot = -1, .unknown = -1,
-                                .chat_template = TEXT("{{ '<|im_start|>system\\nYou help.<|im_end|>\\n' }}")};
+                                .merge_count = 6, .bos = add_bos ? START : -1, .eos = END, .eot = -1, .unknown = -1,
+                                .add_bos = add_bos, .chat_template = template};
     attn_tokenizer *t;
     if (attn_tokenizer_create(&t, &data) != ATTN_OK) {
         fail_msg("%s", attn_last_error());
     }
     return t;
+}
+
+static attn_tokenizer *byte_level(const char *pre)
+{
+    return byte_level_with(pre, 0, (attn_gguf_string)TEXT("{{ '<|im_start|>system\\nYou help.<|im_end|>\\n' }}"));
 }
 
 static void expect_tokens(const attn_tokenizer *t, const char *text, size_t bytes, int flags, int n, const int32_t *want)
@@ -100,6 +107,58 @@ static void test_merges_and_words(void **state)
     t = byte_level("smollm"); /* digits stand alone */
     EXPECT(t, "12", 0, '1', '2');
     attn_tokenizer_destroy(t);
+}
+
+/* Llama 3 takes words that are tokens as they are; others have only what merges make. */
+static void test_whole_words(void **state)
+{
+    (void)state;
+    attn_tokenizer *t = byte_level("default");
+    EXPECT(t, "ok", 0, 'o', 'k');
+    attn_tokenizer_destroy(t);
+    t = byte_level("llama-bpe");
+    EXPECT(t, "ok", 0, OK);
+    EXPECT(t, "hello ok", 0, HELLO, ' ', 'o', 'k');
+    attn_tokenizer_destroy(t);
+}
+
+static void test_begin_token(void **state)
+{
+    (void)state;
+    attn_tokenizer *t = byte_level_with("default", 1, (attn_gguf_string){NULL, 0});
+    EXPECT(t, "he", ATTN_TOKENIZE_SPECIAL, START, HE);
+    EXPECT(t, "", ATTN_TOKENIZE_SPECIAL | ATTN_TOKENIZE_PARSE, START);
+    EXPECT(t, "<|im_start|>he", ATTN_TOKENIZE_SPECIAL | ATTN_TOKENIZE_PARSE, START, HE); /* once */
+    EXPECT(t, "<|im_end|>he", ATTN_TOKENIZE_SPECIAL | ATTN_TOKENIZE_PARSE, START, END, HE);
+    attn_tokenizer_destroy(t);
+}
+
+/* Where a file does not say whether texts begin with the begin token, its pre-tokenizer does. */
+static void test_begin_token_of_files(void **state)
+{
+    (void)state;
+    static const char *const pres[] = {"llama-bpe", "qwen2"};
+    for (int i = 0; i < 2; i++) {
+        gguf_build b = {0};
+        put_header(&b, 3, 0, 5);
+        put_text(&b, "tokenizer.ggml.model", "gpt2");
+        put_text(&b, "tokenizer.ggml.pre", pres[i]);
+        put_key(&b, "tokenizer.ggml.tokens", 9);
+        put_uint(&b, 8, 4), put_uint(&b, 2, 8), put_string(&b, "a"), put_string(&b, "begin");
+        put_key(&b, "tokenizer.ggml.merges", 9);
+        put_uint(&b, 8, 4), put_uint(&b, 0, 8);
+        put_u32(&b, "tokenizer.ggml.bos_token_id", 1);
+        put_padding(&b, 32);
+        attn_gguf *file;
+        attn_tokenizer *t;
+        if (attn_gguf_open_memory(&file, b.data, b.bytes) != ATTN_OK || attn_tokenizer_from_gguf(&t, file) != ATTN_OK) {
+            fail_msg("%s: %s", pres[i], attn_last_error());
+        }
+        expect_tokens(t, "a", 1, ATTN_TOKENIZE_SPECIAL, 2 - i, (int32_t[]){1, 0} + i);
+        attn_tokenizer_destroy(t);
+        attn_gguf_close(file);
+        free(b.data);
+    }
 }
 
 /* Long words take another path; every byte comes back. */
@@ -192,6 +251,51 @@ static void test_chat(void **state)
     const attn_chat_message wrong[] = {{"robot", "S"}};
     assert_int_equal(attn_chat_render(t, wrong, 1, 0, &text), ATTN_ERR_ARGUMENT);
     attn_tokenizer_destroy(t);
+}
+
+/* What model files carry as templates, shortened to what tells their families apart, and what these make of a chat. */
+static void test_chat_templates(void **state)
+{
+    (void)state;
+    static const struct {
+        attn_gguf_string template;
+        int system;
+        const char *want;
+    } cases[] = {
+        /* Qwen 2.5: the default system message is not the first place that begins one. */
+        {TEXT("{%- if tools %}{{- '<|im_start|>system\\n' }}{{- messages[0]['content'] }}{%- else %}"
+              "{{- '<|im_start|>system\\n' + messages[0]['content'] + '<|im_end|>\\n' }}{%- else %}"
+              "{{- '<|im_start|>system\\nYou\\'re Qwen.\\nYou help.<|im_end|>\\n' }}{%- endif %}"),
+         0, "<|im_start|>system\nYou're Qwen.\nYou help.<|im_end|>\n<|im_start|>user\n hi<|im_end|>\n<|im_start|>assistant\n"},
+        {TEXT("{{- '<|im_start|>system\\n' + messages[0].content + '<|im_end|>\\n' }}"), 0,
+         "<|im_start|>user\n hi<|im_end|>\n<|im_start|>assistant\n"},
+        {TEXT("{{- \"<|im_start|>system\\n\" + messages[0].content + \"<|im_end|>\\n\" }}"), 0,
+         "<|im_start|>user\n hi<|im_end|>\n<|im_start|>assistant\n"},
+        {TEXT("{{ bos_token }}{{ '<start_of_turn>' + role }}"), 1,
+         "<start_of_turn>user\nS \n\nhi<end_of_turn>\n<start_of_turn>model\n"},
+        {TEXT("'<|start_header_id|>' + message['role'] + '<|end_header_id|>\\n\\n' + message['content'] | trim + '<|eot_id|>'"), 1,
+         "<|begin_of_text|><|start_header_id|>system<|end_header_id|>\n\nS<|eot_id|><|start_header_id|>user<|end_header_id|>\n\nhi<|eot_id|>"
+         "<|start_header_id|>assistant<|end_header_id|>\n\n"},
+        {TEXT("{%- set date_string = \"26 Jul 2024\" %}{{- \"<|start_header_id|>system<|end_header_id|>\\n\\n\" }}"
+              "{{- \"Cutting Knowledge Date: December 2023\\n\" }}"), 0,
+         "<|begin_of_text|><|start_header_id|>system<|end_header_id|>\n\nCutting Knowledge Date: December 2023\n"
+         "Today Date: 26 Jul 2024\n\n<|eot_id|><|start_header_id|>user<|end_header_id|>\n\nhi<|eot_id|>"
+         "<|start_header_id|>assistant<|end_header_id|>\n\n"},
+        {TEXT("{{- \"<|start_header_id|>system<|end_header_id|>\\n\\n\" }}{{- \"Cutting Knowledge Date: December 2023\\n\" }}"), 1,
+         "<|begin_of_text|><|start_header_id|>system<|end_header_id|>\n\nCutting Knowledge Date: December 2023\n"
+         "Today Date: 26 Jul 2024\n\nS<|eot_id|><|start_header_id|>user<|end_header_id|>\n\nhi<|eot_id|>"
+         "<|start_header_id|>assistant<|end_header_id|>\n\n"},
+    };
+    for (size_t i = 0; i < sizeof cases / sizeof cases[0]; i++) {
+        attn_tokenizer *t = byte_level_with("default", 0, cases[i].template);
+        const attn_chat_message messages[] = {{"system", "S "}, {"user", " hi"}};
+        int skip = !cases[i].system;
+        char *text;
+        assert_int_equal(attn_chat_render(t, messages + skip, 2 - skip, 1, &text), ATTN_OK);
+        assert_string_equal(text, cases[i].want);
+        attn_text_free(text);
+        attn_tokenizer_destroy(t);
+    }
 }
 
 /* ---- Sampling ---- */
@@ -313,8 +417,9 @@ int main(void)
 {
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(test_merges_and_words), cmocka_unit_test(test_round_trip), cmocka_unit_test(test_errors),
-        cmocka_unit_test(test_scores_and_byte_fallback), cmocka_unit_test(test_chat), cmocka_unit_test(test_sampling),
-        cmocka_unit_test(test_sampling_many),
+        cmocka_unit_test(test_scores_and_byte_fallback), cmocka_unit_test(test_chat), cmocka_unit_test(test_chat_templates),
+        cmocka_unit_test(test_whole_words), cmocka_unit_test(test_begin_token), cmocka_unit_test(test_begin_token_of_files),
+        cmocka_unit_test(test_sampling), cmocka_unit_test(test_sampling_many),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }

@@ -106,6 +106,8 @@ ATTN_API const float *attn_context_logits(const attn_context *context, int item)
 
 /* Tokens that a sequence has seen; -1 when out of range. */
 ATTN_API int64_t attn_context_length(const attn_context *context, int sequence);
+/* Tokens that a sequence can still take; -1 when out of range. */
+ATTN_API int64_t attn_context_room(const attn_context *context, int sequence);
 /* Forget everything after the first `length` tokens; 0 clears. ATTN_ERR_ARGUMENT when layers with a sliding window or
  * evicted keys no longer hold what those tokens need; the sequence is then unchanged. */
 ATTN_API attn_status attn_context_truncate(attn_context *context, int sequence, int64_t length);

@@ -53,7 +53,8 @@ ATTN_API int32_t attn_tokenizer_find(const attn_tokenizer *tokenizer, const char
 
 enum {
     ATTN_TOKENIZE_SPECIAL = 1, /* add the begin (and end) token that the model asks for */
-    ATTN_TOKENIZE_PARSE = 2    /* text like "<|im_start|>" becomes that control token */
+    ATTN_TOKENIZE_PARSE = 2    /* text like "<|im_start|>" becomes that control token; a text that begins with the begin
+                                * token gets no second one */
 };
 
 /* Tokens of a text into memory that attn_tokens_free() frees. Any bytes are accepted: what is not UTF-8 goes through the

@@ -38,18 +38,29 @@ static attn_status append_all(text_buffer *b, const char *const *parts, int coun
 
 #define APPEND(b, ...) append_all(b, (const char *const[]){__VA_ARGS__}, (int)(sizeof((const char *const[]){__VA_ARGS__}) / sizeof(char *)))
 
-/* The system message that a ChatML template adds when a chat has none: what its text holds between the marks. The line break may be
- * written as \n inside a Jinja string. */
+/* A piece of a template; where it is inside a Jinja string, without the backslashes. */
+static attn_status append_literal(text_buffer *b, const char *text, const char *end, int escaped)
+{
+    for (; text < end; text++) {
+        int escape = escaped && text[0] == '\\' && text + 1 < end;
+        text += escape;
+        ATTN_TRY(append(b, escape && text[0] == 'n' ? "\n" : text, 1));
+    }
+    return ATTN_OK;
+}
+
+/* The system message that a ChatML template adds when a chat has none: the text between the marks, in the first place
+ * where there is text and not a variable. The line break may be written as \n inside a Jinja string. */
 static attn_status default_system(text_buffer *b, const char *template)
 {
-    static const char *const begins[] = {"<|im_start|>system\n", "<|im_start|>system\\n"};
-    for (int i = 0; i < 2; i++) {
-        const char *start = strstr(template, begins[i]);
-        const char *text = start != NULL ? start + strlen(begins[i]) : NULL;
-        const char *end = text != NULL ? strstr(text, "<|im_end|>") : NULL;
-        if (end != NULL && end > text && text[0] != '\'' && memchr(text, '{', (size_t)(end - text)) == NULL) {
-            ATTN_TRY(APPEND(b, "<|im_start|>system\n"));
-            ATTN_TRY(append(b, text, (size_t)(end - text)));
+    static const char mark[] = "<|im_start|>system";
+    for (const char *at = strstr(template, mark); at != NULL; at = strstr(at, mark)) {
+        at += strlen(mark);
+        int escaped = at[0] == '\\' && at[1] == 'n';
+        const char *text = at + 1 + escaped, *end = escaped || at[0] == '\n' ? strstr(text, "<|im_end|>") : NULL;
+        if (end != NULL && end > text && strchr("'\"", text[0]) == NULL && memchr(text, '{', (size_t)(end - text)) == NULL) {
+            ATTN_TRY(APPEND(b, mark, "\n"));
+            ATTN_TRY(append_literal(b, text, end, escaped));
             return APPEND(b, "<|im_end|>\n");
         }
     }
@@ -98,10 +109,20 @@ static attn_status gemma(text_buffer *b, const attn_tokenizer *t, const attn_cha
     return reply ? APPEND(b, "<start_of_turn>model\n") : ATTN_OK;
 }
 
-static attn_status llama3(text_buffer *b, const attn_chat_message *messages, int count, int reply)
+/* From Llama 3.1 on there is a system message in any case, which starts with two dates. Today's is the one that those
+ * templates have where no clock is given, so that the same chat is always the same text. */
+static attn_status llama3(text_buffer *b, const char *template, const attn_chat_message *messages, int count, int reply)
 {
+    int dated = strstr(template, "Cutting Knowledge Date: December 2023") != NULL;
+    int system = dated && count > 0 && strcmp(messages[0].role, "system") == 0;
     ATTN_TRY(APPEND(b, "<|begin_of_text|>"));
-    for (int i = 0; i < count; i++) {
+    if (dated) {
+        ATTN_TRY(APPEND(b, "<|start_header_id|>system<|end_header_id|>\n\nCutting Knowledge Date: December 2023\n"
+                           "Today Date: 26 Jul 2024\n\n"));
+        ATTN_TRY(append_trimmed(b, system ? messages[0].text : ""));
+        ATTN_TRY(APPEND(b, "<|eot_id|>"));
+    }
+    for (int i = system; i < count; i++) {
         ATTN_TRY(APPEND(b, "<|start_header_id|>", messages[i].role, "<|end_header_id|>\n\n"));
         ATTN_TRY(append_trimmed(b, messages[i].text));
         ATTN_TRY(APPEND(b, "<|eot_id|>"));
@@ -131,7 +152,7 @@ attn_status attn_chat_render(const attn_tokenizer *t, const attn_chat_message *m
     } else if (strstr(t->chat_template, "<start_of_turn>") != NULL) {
         status = gemma(&b, t, messages, count, reply);
     } else if (strstr(t->chat_template, "<|start_header_id|>") != NULL) {
-        status = llama3(&b, messages, count, reply);
+        status = llama3(&b, t->chat_template, messages, count, reply);
     } else {
         status = attn_fail(ATTN_ERR_UNSUPPORTED,
                            "the model's chat template is of no known family (ChatML, Gemma, Llama 3): write the prompt out as plain text");

@@ -755,9 +755,11 @@ static void answer_last(attn_context *c, int64_t n)
 
 /* ---- Evaluation ---- */
 
-/* Tokens that a sequence may still get. */
-static int64_t room_of(const attn_context *c, int sequence)
+int64_t attn_context_room(const attn_context *c, int sequence)
 {
+    if (sequence < 0 || sequence >= c->settings.sequences) {
+        return -1;
+    }
     for (int64_t l = 0; l < c->model->info.layers; l++) {
         if (c->model->layers[l].window == 0 && !c->attention[l].endless) {
             return c->settings.length - c->lengths[sequence];
@@ -777,11 +779,14 @@ static attn_status check_batch(const attn_context *c, const attn_context_batch *
             return attn_fail(ATTN_ERR_ARGUMENT, "batch[%d].sequence is %d, the context has %d", i, s,
                              c->settings.sequences);
         }
-        if (batch[i].count < 1 || batch[i].tokens == NULL || batch[i].count > room_of(c, s)) {
+        if (batch[i].count < 1 || batch[i].tokens == NULL) {
+            return attn_fail(ATTN_ERR_ARGUMENT, "batch[%d] has %lld tokens, expected at least 1", i,
+                             batch[i].tokens != NULL ? (long long)batch[i].count : 0);
+        }
+        if (batch[i].count > attn_context_room(c, s)) {
             return attn_fail(ATTN_ERR_ARGUMENT,
-                             "batch[%d].count is %lld, expected 1 to %lld (sequence %d holds %lld tokens)", i,
-                             (long long)batch[i].count, (long long)room_of(c, s), s,
-                             (long long)c->lengths[s]);
+                             "batch[%d] has %lld tokens, but sequence %d holds %lld and has room for %lld more", i,
+                             (long long)batch[i].count, s, (long long)c->lengths[s], (long long)attn_context_room(c, s));
         }
         for (int64_t t = 0; t < batch[i].count; t++) {
             if (batch[i].tokens[t] < 0 || batch[i].tokens[t] >= c->model->info.vocabulary) {

@@ -570,7 +570,8 @@ attn_status attn_tokenizer_from_gguf(attn_tokenizer **tokenizer, const attn_gguf
         data.eos = optional_int(file, "tokenizer.ggml.eos_token_id", spm ? 2 : -1);
         data.eot = optional_int(file, "tokenizer.ggml.eot_token_id", -1);
         data.unknown = optional_int(file, "tokenizer.ggml.unknown_token_id", spm ? 0 : -1);
-        data.add_bos = (int)optional_int(file, "tokenizer.ggml.add_bos_token", spm);
+        int begins = spm || (a.pre != NULL && bpe_begins_texts(a.pre));
+        data.add_bos = (int)optional_int(file, "tokenizer.ggml.add_bos_token", begins);
         data.add_eos = (int)optional_int(file, "tokenizer.ggml.add_eos_token", 0);
         data.add_space_prefix = (int)optional_int(file, "tokenizer.ggml.add_space_prefix", spm);
         if (attn_gguf_metadata_find(file, "tokenizer.chat_template") != NULL) {
@@ -600,14 +601,16 @@ int32_t attn_tokenizer_find(const attn_tokenizer *t, const char *text)
 
 int attn_tokenizer_is_end(const attn_tokenizer *t, int32_t token)
 {
-    static const char *const ends[] = {"<|im_end|>", "<|endoftext|>", "<end_of_turn>", "<|eot_id|>", "<|end_of_text|>", "<eos>", "</s>"};
+    static const char *const ends[] = {"<|im_end|>", "<|endoftext|>",   "<end_of_turn>", "<|eot_id|>",
+                                       "<|eom_id|>", "<|end_of_text|>", "<eos>",         "</s>"};
     if (token < 0 || token >= t->count) {
         return 0;
     }
     if (token == t->eos || token == t->eot) {
         return 1;
     }
-    for (size_t i = 0; i < sizeof ends / sizeof ends[0] && t->types[token] == ATTN_TOKEN_CONTROL; i++) {
+    int type = t->types[token], special = type == ATTN_TOKEN_CONTROL || type == ATTN_TOKEN_USER_DEFINED; /* converters differ */
+    for (size_t i = 0; i < sizeof ends / sizeof ends[0] && special; i++) {
         size_t length = t->name_offsets[token + 1] - t->name_offsets[token];
         if (strlen(ends[i]) == length && memcmp(t->names + t->name_offsets[token], ends[i], length) == 0) {
             return 1;
@@ -640,13 +643,15 @@ static attn_status encode_plain(const attn_tokenizer *t, const char *text, size_
 
 static attn_status encode(const attn_tokenizer *t, const char *text, size_t bytes, int flags, token_list *out)
 {
-    if ((flags & ATTN_TOKENIZE_SPECIAL) != 0 && t->add_bos && t->bos >= 0) {
+    int parse = (flags & ATTN_TOKENIZE_PARSE) != 0;
+    int begun = parse && bytes > 0 && special_at(t, text, bytes, 1) == t->bos;
+    if ((flags & ATTN_TOKENIZE_SPECIAL) != 0 && t->add_bos && t->bos >= 0 && !begun) {
         ATTN_TRY(token_list_add(out, t->bos));
     }
     size_t start = 0;
     int begin = 1;
     for (size_t i = 0; i < bytes;) {
-        int32_t id = special_at(t, text + i, bytes - i, (flags & ATTN_TOKENIZE_PARSE) != 0);
+        int32_t id = special_at(t, text + i, bytes - i, parse);
         if (id < 0) {
             i++;
             continue;

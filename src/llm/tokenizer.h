@@ -38,6 +38,7 @@ struct attn_tokenizer {
     int32_t byte_tokens[256];    /* -1 where there is none */
     int32_t bos, eos, eot, unknown;
     int add_bos, add_eos, add_space_prefix;
+    int whole_words;             /* of byte-level BPE: a word that is a token is not merged from its bytes */
     int32_t *specials;           /* control and user-defined tokens, longest first within a first byte */
     int32_t special_first[257];
     float lowest_score;
@@ -62,6 +63,8 @@ attn_status token_list_add(token_list *list, int32_t token);
 
 /* Text without special tokens. tokenizer_bpe.c and tokenizer_spm.c. */
 attn_status bpe_patterns(attn_tokenizer *t, const char *pre);
+/* Whether texts start with the begin token where the model file does not say. */
+int bpe_begins_texts(const char *pre);
 attn_status bpe_encode(const attn_tokenizer *t, const char *text, size_t length, token_list *out);
 /* begin: the text begins a sentence (for the space prefix). */
 attn_status spm_encode(const attn_tokenizer *t, const char *text, size_t length, int begin, token_list *out);

@@ -9,6 +9,7 @@
 /* Patterns are applied one after the other: each cuts every piece that the one before left into its matches and what lies between. */
 typedef struct pre_tokenizer {
     const char *names; /* separated by spaces */
+    int llama3; /* words that the vocabulary has are one token whatever the merges, and texts start with the begin token */
     const char *patterns[PATTERN_LIMIT];
 } pre_tokenizer;
 
@@ -21,10 +22,11 @@ typedef struct pre_tokenizer {
     "| ?[^" SPACES "\\p{L}\\p{N}]+[\\r\\n]*|[" SPACES "]*[\\r\\n]+|" TRAILING
 
 static const pre_tokenizer pre_tokenizers[] = {
-    {" default gpt-2 gpt2 phi-2 jina-es jina-de mpt olmo jais roberta-bpe ", {GPT2}},
-    {" smollm starcoder refact command-r codeshell exaone minerva-7b ", {"\\p{N}", GPT2}},
-    {" llama-bpe llama3 llama-v3 falcon3 pixtral smaug-bpe ", {LLAMA3("{1,3}")}},
-    {" qwen2 deepseek-r1-qwen stablelm2 hunyuan megrez ", {LLAMA3("")}},
+    {" default gpt-2 gpt2 phi-2 jina-es jina-de mpt olmo jais roberta-bpe ", 0, {GPT2}},
+    {" smollm starcoder refact command-r codeshell exaone minerva-7b ", 0, {"\\p{N}", GPT2}},
+    {" llama-bpe llama3 llama-v3 falcon3 pixtral ", 1, {LLAMA3("{1,3}")}},
+    {" smaug-bpe ", 0, {LLAMA3("{1,3}")}},
+    {" qwen2 deepseek-r1-qwen stablelm2 hunyuan megrez ", 0, {LLAMA3("")}},
 };
 
 static void *pattern_alloc(PCRE2_SIZE bytes, void *user)
@@ -55,22 +57,33 @@ static attn_status compile(attn_tokenizer *t, const char *const *patterns, pcre2
     return ATTN_OK;
 }
 
-attn_status bpe_patterns(attn_tokenizer *t, const char *pre)
+static const pre_tokenizer *find_pre_tokenizer(const char *pre)
 {
-    const pre_tokenizer *found = NULL;
     size_t length = strlen(pre);
-    for (size_t i = 0; i < sizeof pre_tokenizers / sizeof pre_tokenizers[0] && found == NULL; i++) {
+    for (size_t i = 0; i < sizeof pre_tokenizers / sizeof pre_tokenizers[0]; i++) {
         for (const char *p = strstr(pre_tokenizers[i].names, pre); p != NULL && length > 0; p = strstr(p + 1, pre)) {
             if (p[-1] == ' ' && p[length] == ' ') {
-                found = &pre_tokenizers[i];
-                break;
+                return &pre_tokenizers[i];
             }
         }
     }
+    return NULL;
+}
+
+int bpe_begins_texts(const char *pre)
+{
+    const pre_tokenizer *found = find_pre_tokenizer(pre);
+    return found != NULL && found->llama3;
+}
+
+attn_status bpe_patterns(attn_tokenizer *t, const char *pre)
+{
+    const pre_tokenizer *found = find_pre_tokenizer(pre);
     if (found == NULL) {
         return attn_fail(ATTN_ERR_UNSUPPORTED, "pre-tokenizer '%.40s' is not supported (default, gpt-2, smollm, starcoder, refact, "
                                                "llama-bpe, qwen2 and their relatives)", pre);
     }
+    t->whole_words = found->llama3;
     pcre2_general_context *general = pcre2_general_context_create(pattern_alloc, pattern_free, NULL);
     pcre2_compile_context *context = general != NULL ? pcre2_compile_context_create(general) : NULL;
     attn_status status = context != NULL ? compile(t, found->patterns, context)
@@ -170,7 +183,10 @@ static attn_status merge_long(const attn_tokenizer *t, text_symbol *symbols, int
 /* A word, by merging its bytes. Bytes that the vocabulary lacks are dropped, as the reference implementations do. */
 static attn_status encode_word(const attn_tokenizer *t, const char *text, size_t length, token_list *out)
 {
-    int32_t small[SMALL_WORD];
+    int32_t small[SMALL_WORD], whole = t->whole_words ? token_map_find(t, &t->map, text, length) : -1;
+    if (whole >= 0) {
+        return token_list_add(out, whole);
+    }
     if (length <= SMALL_WORD) {
         int count = 0;
         for (size_t i = 0; i < length; i++) {
