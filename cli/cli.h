@@ -21,7 +21,9 @@ int cli_usage_error(const char *command, const char *format, ...) __attribute__(
 /* Parse a whole number in min ... max; 0 and a message when it is not one. */
 int cli_parse_int(const char *command, const char *option, const char *text, long min, long max, long *value);
 
-/* A text as a JSON string, quotes included, to stdout. */
+/* Bytes of the UTF-8 character that a text begins with; 0: it is not valid, or cut off. */
+int cli_utf8_size(const char *text, size_t length);
+/* A text as a JSON string, quotes included, to stdout. What is not UTF-8 becomes U+FFFD. */
 void cli_print_json_text(const char *text);
 
 /* A growing string for SPECs. */

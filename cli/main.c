@@ -84,18 +84,41 @@ void cli_text_add(cli_text *text, const char *format, ...)
     text->length += more;
 }
 
+int cli_utf8_size(const char *text, size_t length)
+{
+    const unsigned char *c = (const unsigned char *)text;
+    if (length == 0 || (c[0] >= 0x80 && c[0] < 0xc2) || c[0] > 0xf4) {
+        return 0;
+    }
+    int size = c[0] < 0x80 ? 1 : c[0] < 0xe0 ? 2 : c[0] < 0xf0 ? 3 : 4;
+    for (int i = 1; i < size; i++) {
+        /* The second byte excludes long spellings, surrogates and what lies beyond Unicode. */
+        int low = i > 1 ? 0x80 : c[0] == 0xe0 ? 0xa0 : c[0] == 0xf0 ? 0x90 : 0x80;
+        int high = i > 1 ? 0xbf : c[0] == 0xed ? 0x9f : c[0] == 0xf4 ? 0x8f : 0xbf;
+        if ((size_t)i >= length || c[i] < low || c[i] > high) {
+            return 0;
+        }
+    }
+    return size;
+}
+
 void cli_print_json_text(const char *text)
 {
+    size_t length = strlen(text);
     putchar('"');
-    for (; text != NULL && *text != '\0'; text++) {
-        unsigned char c = (unsigned char)*text;
+    for (size_t i = 0; i < length;) {
+        unsigned char c = (unsigned char)text[i];
+        int size = cli_utf8_size(text + i, length - i);
         if (c == '"' || c == '\\') {
             printf("\\%c", c);
         } else if (c < 0x20) {
             printf("\\u%04x", c);
+        } else if (size == 0) {
+            fputs("\\ufffd", stdout);
         } else {
-            putchar(c);
+            fwrite(text + i, 1, (size_t)size, stdout);
         }
+        i += size > 0 ? (size_t)size : 1;
     }
     putchar('"');
 }

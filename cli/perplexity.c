@@ -93,10 +93,16 @@ static attn_status measure(session *s, const int32_t *tokens, int64_t count, int
 static void print_row(const char *name, const result *r, double density, int json)
 {
     double perplexity = exp(r->loss / (double)(r->tokens > 0 ? r->tokens : 1));
-    printf(json ? "{\"attention\": \"%s\", \"perplexity\": %.6f, \"tokens\": %lld, \"density\": %.4f, \"seconds\": %.3f, "
+    if (json) {
+        fputs("{\"attention\": ", stdout);
+        cli_print_json_text(name);
+    } else {
+        printf("%-40s", name);
+    }
+    printf(json ? ", \"perplexity\": %.6f, \"tokens\": %lld, \"density\": %.4f, \"seconds\": %.3f, "
                   "\"attention_seconds\": %.3f}\n"
-                : "%-40s perplexity %9.4f  tokens %7lld  density %6.3f  time %8.2f s  attention %8.2f s\n",
-           name, perplexity, (long long)r->tokens, density, r->seconds, r->attention_seconds);
+                : " perplexity %9.4f  tokens %7lld  density %6.3f  time %8.2f s  attention %8.2f s\n",
+           perplexity, (long long)r->tokens, density, r->seconds, r->attention_seconds);
 }
 
 int cli_perplexity(int argc, char **argv)

@@ -14,15 +14,16 @@ static const char help[] =
     "  --chat                   the prompt is a message that the model answers (its chat template)\n"
     "  --system TEXT            system message of the chat\n"
     "  -n, --tokens N           tokens to generate at most (default: 256)\n"
-    "  --temperature X          0 (default): always the most likely token\n"
-    "  --top-k N, --top-p X, --min-p X, --repeat-penalty X, --seed N\n"
-    "                           other tokens that may be drawn (off), and the seed (0)\n"
+    "  --temperature X          0 (default): always the most likely token; above 0: tokens are drawn\n"
+    "  --top-k N, --top-p X, --min-p X, --seed N\n"
+    "                           which tokens may be drawn (off), and the seed (0)\n"
+    "  --repeat-penalty X       above 1: recent tokens become less likely (1)\n"
     SESSION_HELP
     "  --stats                  print speed and memory at the end\n"
     "  --json                   print one JSON object with the text and the statistics instead; with --stats the answer\n"
     "                           goes to standard error as it comes\n"
     "  --ignore-end             go on after the model has ended its text (to measure speed)\n\n"
-    "Ctrl-C stops the answer; pressed again it ends the program.\n\n"
+    "Ctrl-C stops the answer; pressed again, or at the prompt of a chat, it ends the program.\n\n"
     "Examples:\n"
     "  attn run model.gguf -p 'The capital of France is' -n 20\n"
     "  attn run model.gguf --chat -f report.txt -p 'What does this report say about costs?' --stats\n"
@@ -39,15 +40,19 @@ typedef struct run_options {
 } run_options;
 
 typedef struct run_stats {
+    int32_t unread; /* the last token, when the context has not got it; -1: none */
     int64_t prompt_tokens, generated;
     double prompt_seconds, first_token_seconds, generate_seconds;
     attn_context_stats prompt, generation;
 } run_stats;
 
+/* Not while it generates: that is the answer's place on the terminal. */
+static int reading_prompt;
+
 static int show_progress(void *user, double done)
 {
     (void)user;
-    if (isatty(STDERR_FILENO) && done < 1) {
+    if (reading_prompt && isatty(STDERR_FILENO) && done < 1) {
         fprintf(stderr, "\rreading the prompt: %3.0f%%", done * 100);
         fflush(stderr);
     }
@@ -77,23 +82,47 @@ static size_t finished_bytes(const char *text, size_t length)
     return need > back + 1 ? length - 1 - back : length;
 }
 
+/* A chat as the model's template writes it goes on after an answer with this: from the end mark of the answer to the
+ * beginning of the next one. */
+static attn_status next_turn(const session *s, const char *message, char **text)
+{
+    static const char answer[] = "\001"; /* stands for what the context holds already */
+    const attn_chat_message turns[] = {{"assistant", answer}, {"user", message}};
+    attn_status status = attn_chat_render(s->tokenizer, turns, 2, 1, text);
+    char *end = status == ATTN_OK ? strstr(*text, answer) : NULL;
+    if (end != NULL) {
+        memmove(*text, end + strlen(answer), strlen(end + strlen(answer)) + 1);
+    }
+    return status;
+}
+
 static attn_status feed(session *s, const int32_t *tokens, int64_t count)
 {
     attn_context_batch batch = {.sequence = 0, .tokens = tokens, .count = count};
     return attn_context_eval(s->context, &batch, 1, NULL, NULL);
 }
 
-/* Read the prompt, then generate. The answer goes to stdout as it comes (--json: to stderr with --stats, else nowhere);
- * *answer gets all of it. */
+/* Read the prompt, then generate; errors are printed. The answer goes to stdout as it comes (--json: to stderr with
+ * --stats, else nowhere); *answer gets all of it. */
 static attn_status generate(session *s, attn_sampler *sampler, const run_options *o, const int32_t *prompt, int64_t count,
                             cli_text *answer, run_stats *stats)
 {
     double start = now_seconds();
+    int64_t room = attn_context_room(s->context, 0);
+    stats->unread = -1;
+    if (count > room) {
+        cli_error("the prompt has %lld tokens, but the context has room for %lld (--ctx N: for N; the model was made for "
+                  "%lld)",
+                  (long long)count, (long long)room, (long long)attn_model_get_info(s->model)->context_length);
+        return ATTN_ERR_ARGUMENT;
+    }
     attn_context_reset_stats(s->context);
     for (int64_t i = 0; i < count; i++) {
         attn_sampler_accept(sampler, prompt[i]);
     }
+    reading_prompt = 1;
     attn_status status = feed(s, prompt, count);
+    reading_prompt = 0;
     clear_progress();
     stats->prompt_seconds = now_seconds() - start;
     stats->prompt_tokens = count;
@@ -101,7 +130,7 @@ static attn_status generate(session *s, attn_sampler *sampler, const run_options
     stats->prompt = attn_context_get_stats(s->context);
     attn_context_reset_stats(s->context);
     if (status != ATTN_OK) {
-        return status;
+        return status == ATTN_ERR_CANCELLED ? status : (cli_library_error(), status);
     }
     size_t shown = 0;
     double begin = now_seconds();
@@ -124,19 +153,27 @@ static attn_status generate(session *s, attn_sampler *sampler, const run_options
             fflush(stream);
             shown = ready;
         }
-        if (n + 1 == o->tokens) {
+        stats->unread = token;
+        if (n + 1 == o->tokens || attn_context_room(s->context, 0) < 1) {
             break;
         }
         status = feed(s, &token, 1);
         if (status != ATTN_OK) {
             break;
         }
+        stats->unread = -1;
     }
     stats->generate_seconds = now_seconds() - begin;
     stats->generation = attn_context_get_stats(s->context);
     if (stream != NULL) {
         fwrite(answer->data + shown, 1, answer->length - shown, stream);
         putc('\n', stream);
+        fflush(stream);
+    }
+    if (status != ATTN_OK && status != ATTN_ERR_CANCELLED) {
+        cli_library_error();
+    } else if (attn_context_room(s->context, 0) < 1) {
+        fprintf(stderr, "attn: the context is full (--ctx N: room for N tokens)\n");
     }
     return status;
 }
@@ -181,18 +218,14 @@ static void print_json(const session *s, const run_stats *r, const cli_text *ans
            r->generation.cache_peak_bytes, peak_memory());
 }
 
-/* Tokens of a text that a template rendered (it may begin with the begin token itself), or of plain text. */
-static attn_status to_tokens(const session *s, const char *text, size_t length, int rendered, int first, int32_t **tokens,
-                             int64_t *count)
+static void print_result(const session *s, const run_options *o, const run_stats *stats, const cli_text *answer)
 {
-    int flags = rendered ? ATTN_TOKENIZE_PARSE : 0;
-    size_t bos_length = 0;
-    const char *bos = attn_token_text(s->tokenizer, attn_tokenizer_bos(s->tokenizer), 1, &bos_length);
-    int has_bos = rendered && bos_length > 0 && length >= bos_length && memcmp(text, bos, bos_length) == 0;
-    if (first && !has_bos) {
-        flags |= ATTN_TOKENIZE_SPECIAL;
+    if (o->json) {
+        print_json(s, stats, answer);
+        fflush(stdout);
+    } else if (o->stats) {
+        print_stats(s, stats);
     }
-    return attn_tokenize(s->tokenizer, text, length, flags, tokens, count);
 }
 
 static int run_once(session *s, attn_sampler *sampler, const run_options *o)
@@ -203,10 +236,23 @@ static int run_once(session *s, attn_sampler *sampler, const run_options *o)
     if (o->file != NULL) {
         size_t bytes;
         char *text = read_file(o->file, &bytes);
+        if (text != NULL && strlen(text) < bytes) {
+            cli_error("'%s' is no text in UTF-8: byte %zu is 0", o->file, strlen(text) + 1);
+            free(text);
+            text = NULL;
+        }
         if (text == NULL) {
             free(prompt.data);
             free(answer.data);
             return 1;
+        }
+        size_t at = 0;
+        for (int size = 1; at < bytes && size > 0; at += (size_t)size) {
+            size = cli_utf8_size(text + at, bytes - at);
+        }
+        if (at < bytes) {
+            fprintf(stderr, "attn: note: '%s' is not in UTF-8 from byte %zu on: the model may not understand it "
+                            "(iconv converts)\n", o->file, at + 1);
         }
         cli_text_add(&prompt, "%s", text);
         free(text);
@@ -226,23 +272,19 @@ static int run_once(session *s, attn_sampler *sampler, const run_options *o)
     run_stats stats = {0};
     if (status == ATTN_OK) {
         const char *text = rendered != NULL ? rendered : prompt.data;
-        status = to_tokens(s, text, strlen(text), o->chat, 1, &tokens, &count);
+        int flags = ATTN_TOKENIZE_SPECIAL | (o->chat ? ATTN_TOKENIZE_PARSE : 0);
+        status = attn_tokenize(s->tokenizer, text, strlen(text), flags, &tokens, &count);
     }
-    if (status == ATTN_OK && count == 0) {
+    if (status != ATTN_OK) {
+        cli_library_error();
+    } else if (count == 0 || (o->file != NULL && prompt.length == 0)) {
         status = ATTN_ERR_ARGUMENT;
         cli_error("the prompt is empty");
-    } else if (status == ATTN_OK) {
-        status = generate(s, sampler, o, tokens, count, &answer, &stats);
-        if (status != ATTN_OK && status != ATTN_ERR_CANCELLED) {
-            cli_library_error();
-        }
     } else {
-        cli_library_error();
+        status = generate(s, sampler, o, tokens, count, &answer, &stats);
     }
-    if (status == ATTN_OK && o->json) {
-        print_json(s, &stats, &answer);
-    } else if (status == ATTN_OK && o->stats) {
-        print_stats(s, &stats);
+    if (status == ATTN_OK) {
+        print_result(s, o, &stats, &answer);
     }
     attn_tokens_free(tokens);
     attn_text_free(rendered);
@@ -251,12 +293,59 @@ static int run_once(session *s, attn_sampler *sampler, const run_options *o)
     return session_interrupted() ? 130 : status != ATTN_OK;
 }
 
+/* Forget a turn that was not read to its end. Where the cache cannot go back so far the chat begins anew. */
+static void forget_turn(session *s, int64_t length)
+{
+    if (attn_context_length(s->context, 0) > length && attn_context_truncate(s->context, 0, length) != ATTN_OK) {
+        attn_context_truncate(s->context, 0, 0);
+    }
+    if (attn_context_length(s->context, 0) < length) {
+        fprintf(stderr, "attn: the chat begins anew\n");
+    }
+}
+
+/* One message and its answer. */
+static attn_status run_turn(session *s, attn_sampler *sampler, const run_options *o, const char *message)
+{
+    int64_t before = attn_context_length(s->context, 0), count = 0;
+    const attn_chat_message messages[] = {{"system", o->system}, {"user", message}};
+    int skip = o->system == NULL, flags = ATTN_TOKENIZE_PARSE | (before == 0 ? ATTN_TOKENIZE_SPECIAL : 0);
+    char *rendered = NULL;
+    int32_t *tokens = NULL;
+    cli_text answer = {NULL, 0};
+    cli_text_add(&answer, "%s", "");
+    run_stats stats = {.unread = -1};
+    attn_status status = before == 0 ? attn_chat_render(s->tokenizer, messages + skip, 2 - skip, 1, &rendered)
+                                     : next_turn(s, message, &rendered);
+    if (status == ATTN_OK) {
+        status = attn_tokenize(s->tokenizer, rendered, strlen(rendered), flags, &tokens, &count);
+    }
+    if (status != ATTN_OK) {
+        cli_library_error();
+    } else {
+        status = generate(s, sampler, o, tokens, count, &answer, &stats);
+        if (status == ATTN_OK && stats.unread >= 0 && attn_context_room(s->context, 0) > 0) {
+            status = feed(s, &stats.unread, 1);
+        }
+        if (attn_context_length(s->context, 0) < before + count) {
+            forget_turn(s, before);
+        }
+        if (status == ATTN_OK) {
+            print_result(s, o, &stats, &answer);
+        }
+    }
+    attn_tokens_free(tokens);
+    attn_text_free(rendered);
+    free(answer.data);
+    return status;
+}
+
 /* One line from the terminal (or a pipe) after another. The conversation stays in the cache: only what is new is read. */
 static int run_chat(session *s, attn_sampler *sampler, const run_options *o)
 {
     char *line = NULL;
     size_t room = 0;
-    int first = 1, result = 0, tty = isatty(STDIN_FILENO);
+    int result = 0, tty = isatty(STDIN_FILENO);
     if (tty) {
         fprintf(stderr, "Type a message; an empty line or Ctrl-D ends the chat.\n");
     }
@@ -266,57 +355,21 @@ static int run_chat(session *s, attn_sampler *sampler, const run_options *o)
             fflush(stderr);
         }
         ssize_t length = getline(&line, &room, stdin);
-        if (length <= 1) {
+        if (length < 1 || line[0] == '\n') {
             break;
         }
         line[length - 1] = line[length - 1] == '\n' ? '\0' : line[length - 1];
-        attn_chat_message messages[] = {{"system", o->system}, {"user", line}};
-        int skip = o->system == NULL || !first;
-        char *rendered = NULL;
-        int32_t *tokens = NULL;
-        int64_t count = 0;
-        run_stats stats = {0};
-        cli_text answer = {NULL, 0};
-        cli_text_add(&answer, "%s", "");
-        attn_status status;
-        if (first) {
-            status = attn_chat_render(s->tokenizer, messages + skip, 2 - skip, 1, &rendered);
-        } else { /* rendered after the assistant's turn, so that no default system message is added again */
-            attn_chat_message turn[] = {{"assistant", ""}, {"user", line}};
-            char *before = NULL;
-            status = attn_chat_render(s->tokenizer, turn, 2, 1, &rendered);
-            if (status == ATTN_OK) {
-                status = attn_chat_render(s->tokenizer, turn, 1, 0, &before);
-            }
-            if (status == ATTN_OK) {
-                memmove(rendered, rendered + strlen(before), strlen(rendered) - strlen(before) + 1);
-            }
-            attn_text_free(before);
+        attn_status status = run_turn(s, sampler, o, line);
+        result = status != ATTN_OK && status != ATTN_ERR_CANCELLED;
+        if (tty && status != ATTN_OK) {
+            result = 0; /* the message was printed: shorter ones may do */
         }
-        if (status == ATTN_OK) {
-            status = to_tokens(s, rendered, strlen(rendered), 1, first, &tokens, &count);
+        if (tty) {
+            session_resume(); /* Ctrl-C has stopped the answer */
         }
-        int32_t end = attn_tokenizer_find(s->tokenizer, "<|im_end|>");
-        end = end < 0 ? attn_tokenizer_find(s->tokenizer, "<end_of_turn>") : end;
-        end = end < 0 ? attn_tokenizer_find(s->tokenizer, "<|eot_id|>") : end;
-        if (status == ATTN_OK) {
-            status = generate(s, sampler, o, tokens, count, &answer, &stats);
-        }
-        if (status == ATTN_OK && end >= 0) {
-            status = feed(s, &end, 1); /* the end of the answer is part of the conversation */
-        }
-        if (status != ATTN_OK && status != ATTN_ERR_CANCELLED) {
-            result = cli_library_error();
-        } else if (o->stats) {
-            print_stats(s, &stats);
-        }
-        first = 0;
-        attn_tokens_free(tokens);
-        attn_text_free(rendered);
-        free(answer.data);
     }
     free(line);
-    return result;
+    return session_interrupted() ? 130 : result;
 }
 
 static int parse_double(const char *option, const char *text, double *value)

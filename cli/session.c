@@ -19,6 +19,8 @@ static void on_interrupt(int signal_number)
 
 int session_interrupted(void) { return interrupted; }
 
+void session_resume(void) { interrupted = 0; }
+
 double now_seconds(void)
 {
     struct timespec t;

@@ -46,8 +46,9 @@ int session_open(session *s, const session_options *options, int sequences, attn
 void session_close(session *s);
 /* The whole of a file ("-": standard input), 0-terminated, to be freed; NULL and a message on failure. */
 char *read_file(const char *path, size_t *bytes);
-/* Ctrl-C was pressed (handled from session_open on). */
+/* Ctrl-C was pressed (handled from session_open on), since session_resume() was called. */
 int session_interrupted(void);
+void session_resume(void);
 double now_seconds(void);
 
 #endif

@@ -106,7 +106,7 @@ static inline void put_tiny_llama(gguf_build *b)
         {"blk.0.ffn_down.weight", 2, {WIDTH, WIDTH}},
     };
     const int count = (int)(sizeof tensors / sizeof tensors[0]);
-    put_header(b, 3, (uint64_t)count, 12);
+    put_header(b, 3, (uint64_t)count, 13);
     put_text(b, "general.architecture", "llama");
     put_u32(b, "llama.block_count", 1);
     put_u32(b, "llama.context_length", 512);
@@ -127,6 +127,7 @@ static inline void put_tiny_llama(gguf_build *b)
     put_uint(b, 8, 4);
     put_uint(b, 1, 8);
     put_string(b, "a b");
+    put_text(b, "tokenizer.chat_template", "<|im_start|>");
     uint64_t offset = 0;
     for (int i = 0; i < count; i++) {
         put_tensor(b, tensors[i].name, 0, tensors[i].ndim, tensors[i].shape, offset);
