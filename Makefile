@@ -16,7 +16,7 @@ help:
 
 $(BUILD)/build.ninja:
 	@scripts/setup.sh build
-	meson setup $(BUILD) --prefix $(PREFIX) -Dtests=disabled
+	meson setup $(BUILD) --prefix $(abspath $(PREFIX)) -Dtests=disabled
 
 build: $(BUILD)/build.ninja
 	@ninja -C $(BUILD) --quiet
@@ -33,8 +33,11 @@ check:
 bench: build
 	@scripts/bench.sh $(BUILD)
 
+# The build directory may have been made for another prefix, by `make demo` for example. Programs find the library after ldconfig.
 install: build
+	@meson configure $(BUILD) -Dprefix=$(abspath $(PREFIX))
 	meson install -C $(BUILD)
+	@if [ -z "$(DESTDIR)" ] && [ "$$(id -u)" -eq 0 ]; then ldconfig; fi
 
 sanitize:
 	@scripts/setup.sh sanitize

@@ -62,7 +62,7 @@ int cli_apply(int argc, char **argv)
             }
             break;
         case 'h': fputs(help, stdout); return 0;
-        default: return cli_usage_error("apply", "wrong option");
+        default: return cli_option_error("apply");
         }
     }
     if (optind != argc - 1 || in_path == NULL || out_path == NULL) {

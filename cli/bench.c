@@ -218,7 +218,7 @@ int cli_bench(int argc, char **argv)
         case THREADS: ok = cli_parse_int("bench", "--threads", optarg, 1, 1024, &o.threads); break;
         case MACHINE: machine = 1; break;
         case 'h': fputs(help, stdout); return 0;
-        default: return cli_usage_error("bench", "wrong option");
+        default: return cli_option_error("bench");
         }
     }
     if (!ok) {
@@ -227,6 +227,13 @@ int cli_bench(int argc, char **argv)
     if (machine) {
         print_machine();
         return 0;
+    }
+    for (int i = optind; i < argc; i++) { /* before anything is measured */
+        attn_op *op;
+        if (attn_op_create(&op, argv[i]) != ATTN_OK) {
+            return cli_library_error();
+        }
+        attn_op_destroy(op);
     }
     o.kv_heads = o.kv_heads > 0 ? o.kv_heads : o.heads;
     attn_arena *arena;

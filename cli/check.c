@@ -216,7 +216,7 @@ int cli_check(int argc, char **argv)
             break;
         case 'v': t.verbose = 1; break;
         case 'h': fputs(help, stdout); return 0;
-        default: return cli_usage_error("check", "wrong option");
+        default: return cli_option_error("check");
         }
     }
     if (optind == argc) {

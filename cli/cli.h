@@ -18,6 +18,8 @@ int cli_error(const char *format, ...) __attribute__((format(printf, 1, 2)));
 int cli_library_error(void);
 /* "attn: MESSAGE", a hint at --help, return 2. */
 int cli_usage_error(const char *command, const char *format, ...) __attribute__((format(printf, 2, 3)));
+/* The same after getopt's own message about an option. */
+int cli_option_error(const char *command);
 /* Parse a whole number in min ... max; 0 and a message when it is not one. */
 int cli_parse_int(const char *command, const char *option, const char *text, long min, long max, long *value);
 

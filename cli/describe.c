@@ -176,7 +176,7 @@ int cli_describe(int argc, char **argv)
         case 'm': format = option; break;
         case 'a': all = 1; break;
         case 'h': fputs(help, stdout); return 0;
-        default: return cli_usage_error("describe", "wrong option");
+        default: return cli_option_error("describe");
         }
     }
     if (!all && optind == argc) {

@@ -55,7 +55,7 @@ int cli_info(int argc, char **argv)
         case 'm': metadata = 1; break;
         case 't': tensors = 1; break;
         case 'h': fputs(help, stdout); return 0;
-        default: return cli_usage_error("info", "wrong option");
+        default: return cli_option_error("info");
         }
     }
     if (optind != argc - 1) {

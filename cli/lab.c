@@ -58,7 +58,7 @@ int cli_lab(int argc, char **argv)
             settings.threads = (int)threads;
             break;
         case 'h': fputs(help, stdout); return 0;
-        default: return cli_usage_error("lab", "wrong option");
+        default: return cli_option_error("lab");
         }
     }
     for (int i = 0; i < attn_lab_count() && optind == argc; i++) {

@@ -18,7 +18,7 @@ int cli_list(int argc, char **argv)
             fputs(help, stdout);
             return 0;
         }
-        return cli_usage_error("list", "wrong option");
+        return cli_option_error("list");
     }
     const char *prefix = optind < argc ? argv[optind] : "";
     int shown = 0;

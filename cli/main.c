@@ -53,6 +53,12 @@ int cli_usage_error(const char *command, const char *format, ...)
     return 2;
 }
 
+int cli_option_error(const char *command)
+{
+    fprintf(stderr, "See 'attn %s --help'.\n", command);
+    return 2;
+}
+
 int cli_parse_int(const char *command, const char *option, const char *text, long min, long max, long *value)
 {
     char *end;
@@ -161,6 +167,9 @@ int main(int argc, char **argv)
     }
     for (size_t i = 0; i < COMMAND_COUNT; i++) {
         if (strcmp(argv[1], commands[i].name) == 0) {
+            char name[32]; /* getopt's messages begin with it */
+            snprintf(name, sizeof name, "attn %s", commands[i].name);
+            argv[1] = name;
             return commands[i].run(argc - 1, argv + 1);
         }
     }

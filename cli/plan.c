@@ -240,7 +240,7 @@ int cli_plan(int argc, char **argv)
         case 'w': number = &a.width, low = 1, high = 1L << 14; break;
         case 'd': number = &a.dim, low = 1, high = 4096; break;
         case 't': number = &a.threads, low = 1, high = 1024; break;
-        default: return cli_usage_error("plan", "wrong option");
+        default: return cli_option_error("plan");
         }
         if (number != NULL && !cli_parse_int("plan", argv[optind - 2], optarg, low, high, number)) {
             return 2;

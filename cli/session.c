@@ -38,7 +38,7 @@ int session_option(const char *command, session_options *o, int option, const ch
     case SESSION_OPTION + 4: o->decode_attention = value; return 1;
     case SESSION_OPTION + 5: o->policy = value; return 1;
     case SESSION_OPTION + 6: return cli_parse_int(command, "--chunk", value, 1, 65536, &o->chunk);
-    default: cli_usage_error(command, "wrong option"); return 0;
+    default: cli_option_error(command); return 0;
     }
 }
 

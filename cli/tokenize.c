@@ -23,7 +23,7 @@ int cli_tokenize(int argc, char **argv)
         case 't': as_text = 1; break;
         case 'c': only_count = 1; break;
         case 'h': fputs(help, stdout); return 0;
-        default: return cli_usage_error("tokenize", "wrong option");
+        default: return cli_option_error("tokenize");
         }
     }
     if (optind != argc - 2) {
