@@ -1,6 +1,7 @@
 /* streaming, topk, topk.blocks and flexprefill: gradients against differences, threads, errors, plans. */
 #include "opcheck.h"
 
+#include "core/random.h"
 #include "op/class.h"
 #include "plan/plan.h"
 
@@ -184,10 +185,97 @@ static void plans(void **state)
     attn_op_destroy(dense);
 }
 
+#define LINE_TOKENS 577 /* of several tiles, the last block short */
+#define LINE_BLOCKS 37
+
+/* flexprefill's choice for one head of LINE_TOKENS tokens of width 4. */
+static void choose(const char *spec, float *q, float *k, uint8_t *kept, int64_t *pattern)
+{
+    static float v[LINE_TOKENS * 4];
+    const int64_t shape[] = {1, 1, LINE_TOKENS, 4};
+    attn_named_tensor in[] = {{"q", attn_tensor_make(q, ATTN_F32, 4, shape)}, {"k", attn_tensor_make(k, ATTN_F32, 4, shape)},
+                              {"v", attn_tensor_make(v, ATTN_F32, 4, shape)}};
+    attn_named_tensor out[] = {{"blocks", attn_tensor_make(kept, ATTN_BOOL, 4, (int64_t[]){1, 1, LINE_BLOCKS, LINE_BLOCKS})},
+                               {"pattern", attn_tensor_make(pattern, ATTN_I64, 2, (int64_t[]){1, 1})}};
+    attn_op *op;
+    assert_int_equal(attn_op_create(&op, spec), ATTN_OK);
+    assert_int_equal(attn_op_forward(op, in, 3, out, 2, NULL), ATTN_OK);
+    attn_op_destroy(op);
+}
+
+/* Where all keys are alike, equal lines tie, and the lower ones are kept: the last query block sees the first blocks and its own. */
+static void equal_lines(void **state)
+{
+    (void)state;
+    static float q[LINE_TOKENS * 4], k[LINE_TOKENS * 4];
+    static uint8_t kept[LINE_BLOCKS * LINE_BLOCKS];
+    int64_t pattern;
+    choose("flexprefill:block=16,min_budget=1,gamma=0.8,tau=0", q, k, kept, &pattern);
+    assert_int_equal(pattern, 1);
+    const uint8_t *row = kept + (LINE_BLOCKS - 1) * LINE_BLOCKS;
+    int64_t first = 0;
+    while (first < LINE_BLOCKS && row[first]) {
+        first++;
+    }
+    assert_in_range(first, 25, 34);
+    for (int64_t j = first; j < LINE_BLOCKS; j++) {
+        if (row[j] != (j == LINE_BLOCKS - 1)) {
+            fail_msg("the last query block keeps the first %lld key blocks; of block %lld: %d", (long long)first, (long long)j, row[j]);
+        }
+    }
+}
+
+/* All of the attention is covered by all blocks, whatever the rounding of sums. */
+static void whole_share(void **state)
+{
+    (void)state;
+    static float q[LINE_TOKENS * 4], k[LINE_TOKENS * 4];
+    static uint8_t kept[LINE_BLOCKS * LINE_BLOCKS];
+    attn_random random;
+    for (uint64_t seed = 1; seed <= 10; seed++) {
+        attn_random_seed(&random, seed);
+        for (int i = 0; i < LINE_TOKENS * 4; i++) {
+            q[i] = (float)attn_random_normal(&random);
+            k[i] = (float)attn_random_normal(&random);
+        }
+        for (int aware = 0; aware < 2; aware++) {
+            int64_t pattern;
+            choose(aware ? "flexprefill:block=16,min_budget=1,gamma=1,tau=9" : "flexprefill:block=16,min_budget=1,gamma=1,tau=0", q, k, kept,
+                   &pattern);
+            assert_int_equal(pattern, 1 + aware);
+            for (int64_t i = 0; i < LINE_BLOCKS * LINE_BLOCKS; i++) {
+                if (kept[i] != (i % LINE_BLOCKS <= i / LINE_BLOCKS)) {
+                    fail_msg("seed %d, pattern %d: block %lld of query block %lld: %d", (int)seed, 1 + aware, (long long)(i % LINE_BLOCKS),
+                             (long long)(i / LINE_BLOCKS), kept[i]);
+                }
+            }
+        }
+    }
+}
+
+/* Heads have a pattern although there are no queries. */
+static void pattern_of_nothing(void **state)
+{
+    (void)state;
+    int64_t pattern[3] = {7, 7, 7};
+    attn_named_tensor in[] = {{"q", attn_tensor_make(NULL, ATTN_F32, 4, (int64_t[]){1, 3, 0, 4})},
+                              {"k", attn_tensor_make(NULL, ATTN_F32, 4, (int64_t[]){1, 1, 0, 4})},
+                              {"v", attn_tensor_make(NULL, ATTN_F32, 4, (int64_t[]){1, 1, 0, 4})}};
+    attn_named_tensor out = {"pattern", attn_tensor_make(pattern, ATTN_I64, 2, (int64_t[]){1, 3})};
+    attn_op *op;
+    assert_int_equal(attn_op_create(&op, "flexprefill"), ATTN_OK);
+    assert_int_equal(attn_op_forward(op, in, 3, &out, 1, NULL), ATTN_OK);
+    attn_op_destroy(op);
+    for (int h = 0; h < 3; h++) {
+        assert_int_equal(pattern[h], 0);
+    }
+}
+
 int main(void)
 {
     const struct CMUnitTest tests[] = {cmocka_unit_test(gradients), cmocka_unit_test(lengths), cmocka_unit_test(topk_gradients),
                                        cmocka_unit_test(empty_shapes), cmocka_unit_test(errors),
-                                       cmocka_unit_test(plans)};
+                                       cmocka_unit_test(plans), cmocka_unit_test(equal_lines), cmocka_unit_test(whole_share),
+                                       cmocka_unit_test(pattern_of_nothing)};
     return cmocka_run_group_tests(tests, NULL, NULL);
 }

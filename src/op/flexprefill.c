@@ -17,6 +17,7 @@
 #define TILE_KEYS 256
 #define TILE_ROWS 128 /* so that the usual blocks are one tile, and keys are packed once */
 #define SUM_ROWS 16   /* rows that are summed up in float */
+#define DIAGONALS (TILE_KEYS + SUM_ROWS)
 #define FEW 24        /* numbers that are sorted at once */
 
 typedef struct flexprefill_params {
@@ -72,7 +73,8 @@ typedef struct worker {
     float *scores;                     /* [tiles of keys][TILE_ROWS][TILE_KEYS] */
     float *m, *l, *alpha;              /* [TILE_ROWS] */
     float *tops;                       /* [tiles of keys][TILE_ROWS]: what the probabilities of a tile are relative to */
-    float *columns, *diagonals;        /* sums of a few rows: [TILE_KEYS], [TILE_KEYS + SUM_ROWS] */
+    float *columns;                    /* sums of a few rows: [TILE_KEYS] */
+    float *diagonals;                  /* [TILE_ROWS / SUM_ROWS][DIAGONALS]: the same, some of them not complete after a tile */
 } worker;
 
 static attn_status bind(attn_call *call)
@@ -158,19 +160,23 @@ static void add_lines(const problem *x, worker *w, const float *s, const float *
         if (most <= 0) {
             continue;
         }
+        float *diagonals = w->diagonals + r0 / SUM_ROWS * DIAGONALS;
+        int64_t carried = key > 0 ? some - 1 : 0;
         memset(w->columns, 0, (size_t)most * sizeof *w->columns);
-        memset(w->diagonals, 0, (size_t)(most + some - 1) * sizeof *w->diagonals);
+        memset(diagonals + carried, 0, (size_t)(most + some - 1 - carried) * sizeof *diagonals);
         for (int64_t i = 0; i < some; i++) {
             const float *row = s + (r0 + i) * TILE_KEYS;
             float factor = exp2f(tops[r0 + i] - w->m[r0 + i]);
             int64_t before = some - 1 - i, end = attn_max_i64(0, attn_min_i64(keys, last - before + 1 - key));
             kernels->axpy(w->columns, row, end, factor);
-            kernels->axpy(w->diagonals + before, row, end, factor);
+            kernels->axpy(diagonals + before, row, end, factor);
         }
         add_doubles(w->vertical + key, w->columns, most);
-        /* diagonals[c]: of the last row's key c. Entries past the main diagonal stay 0. */
-        int64_t from = x->m - 1 - last + key;
-        add_doubles(w->slash + from, w->diagonals, attn_min_i64(most + some - 1, x->m - from));
+        /* diagonals[c]: of the last row's key c. Entries past the main diagonal stay 0. The last ones continue in the next tile, in the same
+         * order of rows as all others: equal probabilities make equal sums. */
+        int64_t from = x->m - 1 - last + key, complete = last + 1 > key + keys ? keys : attn_min_i64(most + some - 1, x->m - from);
+        add_doubles(w->slash + from, diagonals, complete);
+        memmove(diagonals, diagonals + keys, (size_t)(some - 1) * sizeof *diagonals);
     }
 }
 
@@ -271,11 +277,14 @@ static int64_t covered(double *x, int64_t count, double most, double *least)
     return taken;
 }
 
+/* The share gamma of a sum: all of it is never exceeded, whatever rounding says. */
+static double share_of(const problem *x, double sum) { return x->gamma < 1 ? x->gamma * sum : INFINITY; }
+
 static int64_t budget(const problem *x, const double *line, double *scratch)
 {
     double least;
     memcpy(scratch, line, (size_t)x->m * sizeof *scratch);
-    int64_t count = 1 + covered(scratch, x->m, x->gamma, &least);
+    int64_t count = 1 + covered(scratch, x->m, share_of(x, 1), &least);
     return attn_max_i64(x->low, attn_min_i64(count / x->block + 1, x->high));
 }
 
@@ -383,7 +392,7 @@ static void keep_aware(const problem *x, worker *w, double *shares, const float 
         count += i + x->shift + 1;
     }
     memcpy(shares + all, shares, (size_t)count * sizeof *shares);
-    int64_t ties = covered(shares + all, count, x->gamma * (double)x->nq, &least);
+    int64_t ties = covered(shares + all, count, share_of(x, (double)x->nq), &least);
     for (int64_t c = 0; c < count; c++) {
         ties -= shares[c] > least;
     }
@@ -433,7 +442,7 @@ static attn_status workers_create(attn_call *call, const problem *x, int threads
         float **floats[] = {&w->panels, &w->q, &w->scores, &w->tops, &w->m, &w->l, &w->alpha, &w->columns, &w->diagonals};
         int64_t rows = attn_min_i64(TILE_ROWS, x->block), tiles = attn_ceil_div(x->m, TILE_KEYS);
         int64_t float_sizes[] = {TILE_KEYS * x->d, rows * x->d, tiles * rows * TILE_KEYS, tiles * rows, rows, rows, rows, TILE_KEYS,
-                                 TILE_KEYS + SUM_ROWS};
+                                 TILE_ROWS / SUM_ROWS * DIAGONALS};
         for (size_t i = 0; i < sizeof doubles / sizeof doubles[0]; i++) {
             *doubles[i] = attn_arena_array(call->arena, (size_t)(double_sizes[i] + pad), sizeof(double));
             if (*doubles[i] == NULL) {
@@ -462,7 +471,9 @@ static attn_status select_all(attn_call *call, const problem *x, uint8_t *blocks
             for (int64_t j = 0; j < x->nk; j++) {
                 blocks[i * x->nk + j] = j <= i % x->nq + x->shift;
             }
-            pattern[i / x->nq] = EXACT;
+        }
+        for (int64_t i = 0; i < lists; i++) {
+            pattern[i] = EXACT;
         }
         return ATTN_OK;
     }
