@@ -524,6 +524,56 @@ static void test_large_scores(void **state)
     assert_true(fabsf(lse[0] - 1e4f) < 0.01f && fabsf(lse[1] - 1e4f) < 0.01f);
 }
 
+/* A query that is no number has no output and no log-sum-exp that is one, in every path; it does not look masked. */
+static void test_no_numbers(void **state)
+{
+    (void)state;
+    static float q[40 * 4], k[200 * 4], v[200 * 4], o[40 * 4], lse[40];
+    attn_dense_settings settings;
+    attn_dense_defaults(&settings);
+    q[2] = NAN;
+    const int64_t queries[] = {1, 3, 40}, keys[] = {200, 30};
+    for (int i = 0; i < 6; i++) {
+        int64_t n = queries[i % 3], m = keys[i / 3];
+        attn_dense_inputs in = {.q = attn_tensor_make(q, ATTN_F32, 4, (int64_t[]){1, 1, n, 4}),
+                                .k = attn_tensor_make(k, ATTN_F32, 4, (int64_t[]){1, 1, m, 4}),
+                                .v = attn_tensor_make(v, ATTN_F32, 4, (int64_t[]){1, 1, m, 4})};
+        attn_tensor to = attn_tensor_make(o, ATTN_F32, 4, (int64_t[]){1, 1, n, 4});
+        attn_tensor lse_view = attn_tensor_make(lse, ATTN_F32, 3, (int64_t[]){1, 1, n});
+        must(attn_dense_forward(&settings, &in, &to, &lse_view, NULL));
+        if (!isnan(o[0]) || !isnan(lse[0])) {
+            fail_msg("%lld queries, %lld keys: o = %g, lse = %g, expected NaN", (long long)n, (long long)m, (double)o[0], (double)lse[0]);
+        }
+        assert_true(n == 1 || (o[4] == 0 && fabsf(lse[1] - logf((float)m)) < 1e-5f));
+    }
+}
+
+/* Scores under a soft cap near 0 are all alike, and nothing flows back through it. */
+static void test_least_cap(void **state)
+{
+    (void)state;
+    float q[2] = {1, -2}, k[3] = {1, 0, -3}, v[3] = {1, 2, 3}, o[2], lse[2], grad_o[2] = {1, 1}, grad_q[2] = {9, 9}, grad_k[3] = {9, 9, 9};
+    attn_tensor o_view = attn_tensor_make(o, ATTN_F32, 4, (int64_t[]){1, 1, 2, 1});
+    attn_tensor lse_view = attn_tensor_make(lse, ATTN_F32, 3, (int64_t[]){1, 1, 2});
+    attn_tensor incoming = attn_tensor_make(grad_o, ATTN_F32, 4, (int64_t[]){1, 1, 2, 1});
+    attn_tensor q_view = attn_tensor_make(grad_q, ATTN_F32, 4, (int64_t[]){1, 1, 2, 1});
+    attn_tensor k_view = attn_tensor_make(grad_k, ATTN_F32, 4, (int64_t[]){1, 1, 3, 1});
+    attn_dense_inputs in = {.q = attn_tensor_make(q, ATTN_F32, 4, (int64_t[]){1, 1, 2, 1}),
+                            .k = attn_tensor_make(k, ATTN_F32, 4, (int64_t[]){1, 1, 3, 1}),
+                            .v = attn_tensor_make(v, ATTN_F32, 4, (int64_t[]){1, 1, 3, 1})};
+    attn_dense_gradients to = {.q = &q_view, .k = &k_view};
+    attn_dense_settings settings;
+    attn_dense_defaults(&settings);
+    settings.softcap = 1e-300;
+    must(attn_dense_forward(&settings, &in, &o_view, &lse_view, NULL));
+    must(attn_dense_backward(&settings, &in, &o_view, &lse_view, &incoming, &to, NULL));
+    assert_true(fabsf(o[0] - 2) < 1e-6f && fabsf(o[1] - 2) < 1e-6f && fabsf(lse[0] - logf(3)) < 1e-6f);
+    if (grad_q[0] != 0 || grad_q[1] != 0 || grad_k[0] != 0 || grad_k[2] != 0) {
+        fail_msg("grad_q = %g %g, grad_k = %g %g %g, expected 0", (double)grad_q[0], (double)grad_q[1], (double)grad_k[0],
+                 (double)grad_k[1], (double)grad_k[2]);
+    }
+}
+
 static void test_empty(void **state)
 {
     (void)state;
@@ -609,6 +659,7 @@ int main(void)
         cmocka_unit_test(test_random_problems),  cmocka_unit_test(test_widths), cmocka_unit_test(test_few_keys),
         cmocka_unit_test(test_long_decode),
         cmocka_unit_test(test_thread_count_does_not_matter), cmocka_unit_test(test_large_scores),
+        cmocka_unit_test(test_no_numbers),       cmocka_unit_test(test_least_cap),
         cmocka_unit_test(test_empty),            cmocka_unit_test(test_errors), cmocka_unit_test(test_window_of_cache),
         cmocka_unit_test(test_top),
     };

@@ -8,6 +8,9 @@
 #include <omp.h>
 #include <string.h>
 
+/* Soft caps below it are it: their reciprocals are no floats, and scores between 0 and it are 0 to any softmax. */
+#define LEAST_CAP 1e-30
+
 void attn_dense_defaults(attn_dense_settings *settings)
 {
     *settings = (attn_dense_settings){.window = {-1, -1}, .scale = NAN};
@@ -120,6 +123,9 @@ attn_status attn_dense_check(dense_problem *p, const attn_dense_settings *settin
     }
     if (isinf(settings->scale)) {
         return attn_fail(ATTN_ERR_ARGUMENT, "scale = %g, expected a finite number", settings->scale);
+    }
+    if (settings->softcap > 0 && settings->softcap < LEAST_CAP) {
+        p->settings.softcap = LEAST_CAP;
     }
     p->scale = isnan(settings->scale) ? 1 / sqrt((double)p->d) : settings->scale;
     p->base2 = settings->softcap == 0;

@@ -126,7 +126,7 @@ static void merge_row(const dense_problem *p, const part_state *parts, int64_t c
     memset(o, 0, (size_t)p->dv_pad * sizeof *o);
     for (int64_t i = 0; i < count; i++) {
         double weight = exp2((double)parts[i].m[row] - (double)shift);
-        if (weight != 0) {
+        if (weight != 0 || isnan(parts[i].l[row])) { /* scores that are no numbers have no maximum */
             sum += weight * (double)parts[i].l[row];
             p->kernels->axpy(o, parts[i].o + row * p->dv_pad, p->dv, (float)weight);
         }
