@@ -247,9 +247,36 @@ static void errors(void **unused)
     opcheck_fails(&missing, ATTN_ERR_ARGUMENT, "q_tile");
 }
 
+/* Parts that saw nothing do not count, even if they hold anything; a log-sum-exp that is no number is not one of them. */
+static void merge_no_numbers(void **unused)
+{
+    (void)unused;
+    float os[2] = {NAN, 3}, o;
+    const struct {
+        float lses[2], o, lse;
+    } cases[] = {{{-INFINITY, 1}, 3, 1}, {{-INFINITY, -INFINITY}, 0, -INFINITY}, {{1, NAN}, NAN, NAN}, {{NAN, 1}, NAN, NAN}};
+    attn_op *op;
+    assert_int_equal(attn_op_create(&op, "neighborhood.merge"), ATTN_OK);
+    for (size_t i = 0; i < sizeof cases / sizeof cases[0]; i++) {
+        float lses[2] = {cases[i].lses[0], cases[i].lses[1]}, lse;
+        attn_named_tensor in[] = {{"os", attn_tensor_make(os, ATTN_F32, SHAPE(2, 1, 1, 1, 1))},
+                                  {"lses", attn_tensor_make(lses, ATTN_F32, SHAPE(2, 1, 1, 1))}};
+        attn_named_tensor out[] = {{"o", attn_tensor_make(&o, ATTN_F32, SHAPE(1, 1, 1, 1))},
+                                   {"lse", attn_tensor_make(&lse, ATTN_F32, SHAPE(1, 1, 1))}};
+        assert_int_equal(attn_op_forward(op, in, 2, out, 2, NULL), ATTN_OK);
+        int o_right = isnan(cases[i].o) ? isnan(o) : o == cases[i].o, lse_right = isnan(cases[i].lse) ? isnan(lse) : lse == cases[i].lse;
+        if (!o_right || !lse_right) {
+            fail_msg("of %g and %g: o = %g, lse = %g, expected %g and %g", (double)lses[0], (double)lses[1], (double)o, (double)lse,
+                     (double)cases[i].o, (double)cases[i].lse);
+        }
+    }
+    attn_op_destroy(op);
+}
+
 int main(void)
 {
     const struct CMUnitTest tests[] = {cmocka_unit_test(gradients), cmocka_unit_test(halves), cmocka_unit_test(agreement),
-                                       cmocka_unit_test(published), cmocka_unit_test(errors)};
+                                       cmocka_unit_test(published), cmocka_unit_test(errors),
+                                       cmocka_unit_test(merge_no_numbers)};
     return cmocka_run_group_tests(tests, NULL, NULL);
 }

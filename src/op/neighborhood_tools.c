@@ -102,18 +102,19 @@ static attn_status merge_forward(attn_call *call)
         double top = -INFINITY, sum = 0;
         memset(o, 0, (size_t)dv * sizeof *o);
         for (int64_t s = 0; s < parts; s++) {
-            top = (double)lses[s * rows + r] > top ? (double)lses[s * rows + r] : top;
+            double lse = (double)lses[s * rows + r];
+            top = lse <= top ? top : lse; /* NaN too: it is not to be taken for a part that saw nothing */
         }
-        for (int64_t s = 0; s < parts && top > -INFINITY; s++) {
+        for (int64_t s = 0; s < parts && top != -INFINITY; s++) {
             sum += exp((double)lses[s * rows + r] - top);
         }
-        for (int64_t s = 0; s < parts && sum > 0; s++) {
+        for (int64_t s = 0; s < parts && sum != 0; s++) {
             double weight = exp((double)lses[s * rows + r] - top) / sum;
-            for (int64_t c = 0; c < dv && weight > 0; c++) {
+            for (int64_t c = 0; c < dv && weight != 0; c++) {
                 o[c] += (float)(weight * (double)os[(s * rows + r) * dv + c]);
             }
         }
-        attn_f32(call->t[M_LSE])[r] = sum > 0 ? (float)(top + log(sum)) : -INFINITY;
+        attn_f32(call->t[M_LSE])[r] = sum != 0 ? (float)(top + log(sum)) : -INFINITY;
     }
     return ATTN_OK;
 }
