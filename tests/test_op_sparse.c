@@ -253,6 +253,32 @@ static void whole_share(void **state)
     }
 }
 
+/* A query that is no number has no output that is one, however few queries there are. */
+static void no_numbers(void **state)
+{
+    (void)state;
+    static float q[70 * 8], k[200 * 8], v[200 * 8], o[70 * 8], lse[70];
+    const char *specs[] = {"streaming:recent=50", "topk:top_k=5", "topk.blocks:top_k=2"};
+    const int64_t queries[] = {1, 3, 70};
+    q[1] = NAN;
+    for (int i = 0; i < 9; i++) {
+        int64_t n = queries[i / 3];
+        attn_named_tensor in[] = {{"q", attn_tensor_make(q, ATTN_F32, 4, (int64_t[]){1, 1, n, 8})},
+                                  {"k", attn_tensor_make(k, ATTN_F32, 4, (int64_t[]){1, 1, 200, 8})},
+                                  {"v", attn_tensor_make(v, ATTN_F32, 4, (int64_t[]){1, 1, 200, 8})}};
+        attn_named_tensor out[] = {{"o", attn_tensor_make(o, ATTN_F32, 4, (int64_t[]){1, 1, n, 8})},
+                                   {"lse", attn_tensor_make(lse, ATTN_F32, 3, (int64_t[]){1, 1, n})}};
+        attn_op *op;
+        assert_int_equal(attn_op_create(&op, specs[i % 3]), ATTN_OK);
+        assert_int_equal(attn_op_forward(op, in, 3, out, 2, NULL), ATTN_OK);
+        attn_op_destroy(op);
+        if (!isnan(o[0]) || !isnan(lse[0]) || (n > 1 && o[8] != 0)) {
+            fail_msg("%s, %lld queries: o = %g, lse = %g, expected NaN; o of the next query %g", specs[i % 3], (long long)n, (double)o[0],
+                     (double)lse[0], (double)o[8]);
+        }
+    }
+}
+
 /* Heads have a pattern although there are no queries. */
 static void pattern_of_nothing(void **state)
 {
@@ -276,6 +302,6 @@ int main(void)
     const struct CMUnitTest tests[] = {cmocka_unit_test(gradients), cmocka_unit_test(lengths), cmocka_unit_test(topk_gradients),
                                        cmocka_unit_test(empty_shapes), cmocka_unit_test(errors),
                                        cmocka_unit_test(plans), cmocka_unit_test(equal_lines), cmocka_unit_test(whole_share),
-                                       cmocka_unit_test(pattern_of_nothing)};
+                                       cmocka_unit_test(pattern_of_nothing), cmocka_unit_test(no_numbers)};
     return cmocka_run_group_tests(tests, NULL, NULL);
 }

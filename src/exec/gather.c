@@ -221,7 +221,7 @@ static void merge_row(const gather *w, const float *parts, int64_t step, int64_t
     memset(o, 0, (size_t)p->dv_pad * sizeof *o);
     for (int64_t i = 0; i < count; i++) {
         double weight = exp2((double)state[i * step + row] - (double)shift);
-        if (weight != 0) {
+        if (weight != 0 || isnan(state[i * step + w->most + row])) { /* scores that are no numbers have no maximum */
             sum += weight * (double)state[i * step + w->most + row];
             p->kernels->axpy(o, parts + i * step + row * p->dv_pad, p->dv, (float)weight);
         }

@@ -154,7 +154,8 @@ static double merge_row(const work *w, int64_t r)
 {
     double top = -INFINITY, sum = 0;
     for (int64_t i = 0; i < w->parts; i++) {
-        top = (double)w->lse[i * w->rows + r] > top ? (double)w->lse[i * w->rows + r] : top;
+        double lse = (double)w->lse[i * w->rows + r];
+        top = lse <= top ? top : lse; /* NaN too: such a part did see something */
     }
     if (top == -INFINITY) {
         return top;

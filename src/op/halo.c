@@ -162,7 +162,6 @@ static attn_status halo_backward(attn_call *call)
 /* Slots that take part, summed over the queries of one head of one batch item. */
 static double count_slots(const attn_windows *w)
 {
-    double sum = 0;
     double along[2] = {0, 0};
     for (int axis = 0; axis < 2; axis++) {
         for (int64_t x = 0; x < w->grid[axis]; x += w->stride[axis]) {
@@ -170,8 +169,7 @@ static double count_slots(const attn_windows *w)
             along[axis] += (double)(w->masked ? attn_min_i64(end, w->grid[axis]) - attn_max_i64(first, 0) : end - first);
         }
     }
-    sum = along[0] * along[1];
-    return sum;
+    return along[0] * along[1];
 }
 
 static void windows_cost(const attn_windows *w, attn_cost *cost)
