@@ -236,6 +236,13 @@ static void test_mechanisms_that_do_not_fit(void **state)
     assert_int_equal(attn_policy_create(&policy, model, "mrsa.mask:grid=[2,2]", NULL), ATTN_ERR_ARGUMENT);
     assert_non_null(strstr(attn_last_error(), "does not compute o from q, k and v"));
     assert_int_equal(attn_policy_create(&policy, model, "streaming:recent=0", NULL), ATTN_ERR_ARGUMENT);
+    const char *const looking_ahead[] = {"dense:causal=false", "disendiff.attention"};
+    for (int i = 0; i < 2; i++) {
+        assert_int_equal(attn_policy_create(&policy, model, looking_ahead[i], NULL), ATTN_ERR_ARGUMENT);
+        assert_non_null(strstr(attn_last_error(), "is not causal"));
+        must(attn_policy_create(&policy, model, NULL, looking_ahead[i])); /* a generated token is the last one */
+        attn_policy_destroy(policy);
+    }
 }
 
 int main(void)

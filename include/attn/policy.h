@@ -24,7 +24,8 @@ extern "C" {
 typedef struct attn_policy attn_policy;
 
 /* The same mechanisms for all layers and heads. Each SPEC may be NULL (exact). It is checked here: ATTN_ERR_ARGUMENT names what
- * is wrong with it, or that the mechanism has no inputs q, k, v and output o of the shapes that a language model needs. */
+ * is wrong with it, that the mechanism has no inputs q, k, v and output o of the shapes that a language model needs, or that as one for
+ * prompts it is not causal. */
 ATTN_API attn_status attn_policy_create(attn_policy **policy, const attn_model *model, const char *prompt,
                                         const char *generation);
 

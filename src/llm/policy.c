@@ -2,6 +2,7 @@
 #include <attn/plan.h>
 #include <attn/policy.h>
 
+#include "core/random.h"
 #include "kernel/rows.h"
 #include "llm/model.h"
 
@@ -252,8 +253,72 @@ static attn_status set_all(attn_policy *policy, int phase, const char *spec)
     return ATTN_OK;
 }
 
+#define TRIAL 16 /* tokens */
+
+/* A prompt's queries may not see later keys, which the text does not have yet when its tokens are generated. Mechanisms are tried
+ * on a few tokens, twice, with another last key and value. Those that such a trial does not suit say why when they run. */
+static attn_status check_causal(const attn_policy *policy, const mechanism *m)
+{
+    int64_t width = policy->model->info.head_width, rows = policy->heads * TRIAL, kv_rows = policy->kv_heads * TRIAL;
+    size_t size = (size_t)(3 * rows + 2 * kv_rows) * (size_t)width;
+    float *memory = attn_alloc_array(size, sizeof *memory);
+    if (memory == NULL) {
+        return attn_fail_memory(size * sizeof *memory);
+    }
+    attn_random random;
+    attn_random_seed(&random, 1);
+    for (size_t i = 0; i < size; i++) {
+        memory[i] = (float)attn_random_normal(&random);
+    }
+    float *q = memory, *k = q + rows * width, *v = k + kv_rows * width, *o[2] = {v + kv_rows * width, v + (kv_rows + rows) * width};
+    int64_t shape[] = {1, policy->heads, TRIAL, width}, kv_shape[] = {1, policy->kv_heads, TRIAL, width};
+    const attn_named_tensor in[] = {{"q", attn_tensor_make(q, ATTN_F32, 4, shape)},
+                                    {"k", attn_tensor_make(k, ATTN_F32, 4, kv_shape)},
+                                    {"v", attn_tensor_make(v, ATTN_F32, 4, kv_shape)}};
+    attn_op *op = NULL;
+    attn_status status = make_op(&op, m->op_spec, 1);
+    for (int i = 0; i < 2 && status == ATTN_OK; i++) {
+        const attn_named_tensor out = {"o", attn_tensor_make(o[i], ATTN_F32, 4, shape)};
+        status = attn_op_forward(op, in, 3, &out, 1, NULL);
+        for (int64_t h = 0; h < policy->kv_heads; h++) {
+            for (int64_t d = 0, last = (h * TRIAL + TRIAL - 1) * width; d < width; d++) {
+                k[last + d] += 3;
+                v[last + d] += 3;
+            }
+        }
+    }
+    attn_op_destroy(op);
+    double difference = 0;
+    for (int64_t i = 0; i < rows * width && status == ATTN_OK; i++) {
+        double d = i / width % TRIAL == TRIAL - 1 ? 0 : fabs((double)o[0][i] - (double)o[1][i]);
+        difference = d > difference ? d : difference;
+    }
+    attn_free(memory);
+    if (difference > 1e-5) {
+        return attn_fail(ATTN_ERR_ARGUMENT, "mechanism %s is not causal: its queries see tokens that come later in the prompt", m->spec);
+    }
+    return status == ATTN_ERR_MEMORY ? status : ATTN_OK;
+}
+
+static attn_status check_prompts(const attn_policy *policy)
+{
+    for (int i = 0; i < policy->mechanism_count; i++) {
+        int used = 0;
+        for (int64_t j = 0; j < policy->layers * policy->heads && !used; j++) {
+            used = policy->layer[j / policy->heads].used[PROMPT][j % policy->heads] == i;
+        }
+        if (used && !policy->mechanisms[i].exact) {
+            ATTN_TRY(check_causal(policy, &policy->mechanisms[i]));
+        }
+    }
+    return ATTN_OK;
+}
+
 static attn_status finish(attn_policy **policy, attn_status status)
 {
+    if (status == ATTN_OK) {
+        status = check_prompts(*policy);
+    }
     if (status != ATTN_OK) {
         attn_policy_destroy(*policy);
         *policy = NULL;
