@@ -75,6 +75,9 @@ class Model:
             common = 0
             self._context.truncate(0)
         self._seen = tokens[:common]
+        room = common + self._context.room()
+        if not 0 < len(tokens) <= room:
+            raise ValueError(f"the prompt has {len(tokens)} tokens, expected 1 to {room} (context_length)")
         self._eval(tokens[common:])
 
     def _eval(self, tokens):
@@ -106,11 +109,9 @@ class Model:
                 return
             sampler.accept(token)
             yield token
-            if count + 1 < max_tokens:
-                try:
-                    self._eval([token])
-                except ValueError:  # no room for more
-                    return
+            if count + 1 == max_tokens or self._context.room() < 1:
+                return
+            self._eval([token])
 
     def generate(self, prompt: Prompt, *, stop: str | Sequence[str] = (), **options: Any) -> Iterator[str]:
         """Generate text piece by piece; the options are those of generate_tokens. stop: texts (or one) that end it and are

@@ -385,6 +385,12 @@ static PyObject *context_length(PyObject *object, PyObject *unused)
     return PyLong_FromLongLong(attn_context_length(((py_context *)object)->context, 0));
 }
 
+static PyObject *context_room(PyObject *object, PyObject *unused)
+{
+    (void)unused;
+    return PyLong_FromLongLong(attn_context_room(((py_context *)object)->context, 0));
+}
+
 static PyObject *context_truncate(PyObject *object, PyObject *length)
 {
     py_context *self = (py_context *)object;
@@ -411,6 +417,7 @@ static PyMethodDef context_methods[] = {
     {"logprobs", context_logprobs, METH_O, "logprobs(tokens): add tokens; log-probabilities of all but the first"},
     {"logits", context_logits, METH_NOARGS, "The logits after the last token."},
     {"length", context_length, METH_NOARGS, "Tokens seen."},
+    {"room", context_room, METH_NOARGS, "Tokens that still fit."},
     {"truncate", context_truncate, METH_O, "truncate(length): forget all later tokens"},
     {"stats", context_stats, METH_NOARGS, "Time and memory used: a dict."},
     {NULL, NULL, 0, NULL},

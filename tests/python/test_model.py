@@ -137,6 +137,9 @@ def test_errors(model):
         (TypeError, lambda: model.logprobs(["a", 1])),
         (ValueError, lambda: model.logprobs([1] * 2000)),
         (ValueError, lambda: model.perplexity("")),
+        (ValueError, lambda: next(model.generate([]))),
+        (ValueError, lambda: next(model.generate([1] * 1025))),
+        (ValueError, lambda: attn.Model(MODEL, prompt="dense:causal=false")),
         (TypeError, lambda: attn.Model(MODEL, cache="i64")),
         (ValueError, lambda: attn.Model(MODEL, policy="x.json", prompt="dense")),
     ):
