@@ -12,7 +12,7 @@ help:
 	@echo "make install   install to PREFIX ($(PREFIX))"
 	@echo "make sanitize  all tests with the address, undefined-behaviour and thread sanitizers"
 	@echo "make fuzz      run the fuzzers for SECONDS each (60)"
-	@echo "make format    clang-format over all C files"
+	@echo "make format    clang-format over the lines of C files that changed since the last commit"
 
 $(BUILD)/build.ninja:
 	@scripts/setup.sh build
@@ -48,7 +48,8 @@ fuzz:
 	@fuzz/run.sh $(or $(SECONDS),60)
 
 format:
-	@git ls-files '*.c' '*.h' | xargs clang-format -i
+	@scripts/setup.sh format
+	@git clang-format --force --extensions c,h
 
 clean:
 	rm -rf $(BUILD) build-*

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Install the Debian packages that a target needs: scripts/setup.sh build|demo|check|sanitize
+# Install the Debian packages that a target needs: scripts/setup.sh build|demo|check|sanitize|format
 # Says what it will install, uses sudo when the user is not root, does nothing when everything is there.
 set -eu
 
@@ -13,8 +13,9 @@ build) packages=$build ;;
 demo) packages=$demo ;;
 check) packages=$check ;;
 sanitize) packages=$sanitize ;;
+format) packages="clang-format" ;;
 *)
-    echo "usage: scripts/setup.sh build|demo|check|sanitize" >&2
+    echo "usage: scripts/setup.sh build|demo|check|sanitize|format" >&2
     exit 2
     ;;
 esac
