@@ -59,7 +59,8 @@ enum {
     ATTN_PORT_ANY_LAYOUT = 4, /* the mechanism reads any strides and types itself; otherwise they are converted */
     ATTN_PORT_ON_REQUEST = 8, /* output computed only when the caller asks for it */
     ATTN_PORT_FOR_BACKWARD = 16, /* output computed only when the caller asks for it or backward needs it */
-    ATTN_PORT_NO_BACKWARD = 32   /* output that backward does not read: it need not be saved for it */
+    ATTN_PORT_NO_BACKWARD = 32, /* output that backward does not read: it need not be saved for it */
+    ATTN_PORT_F32 = 64 /* float output that is best f32 whatever the inputs are: backward takes exponentials of it */
 };
 
 typedef struct attn_port_info {

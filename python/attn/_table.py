@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 PORT_TYPES = {
     "float": "float32, float16 or bfloat16",
+    "float32": "float32",
     "cache": "float32, float16, bfloat16 or int8",
     "int": "int32 or int64",
     "bool": "bool",

@@ -122,6 +122,12 @@ static int get_request(const py_op *self, PyObject *request, char wanted[MAX_POR
     return count < 0 ? -1 : 0;
 }
 
+/* The data type of an output: of the first float input, unless it is best f32, or of the library's choice. */
+static attn_dtype output_type(const attn_port_info *port, attn_dtype first, attn_dtype own)
+{
+    return port->type == ATTN_PORT_FLOAT && (port->flags & ATTN_PORT_F32) == 0 ? first : own;
+}
+
 /* The wanted outputs as Python arrays by output number; NULL where these inputs do not produce one. kind: an array of the
  * kind to make when there are no inputs, or NULL. */
 static int run_forward(const py_op *self, const arrays *in, const char wanted[], int threads, PyObject *kind,
@@ -145,9 +151,7 @@ static int run_forward(const py_op *self, const arrays *in, const char wanted[],
         if (!wanted[index]) {
             continue;
         }
-        if (self->out[index].type == ATTN_PORT_FLOAT) {
-            made[i].tensor.dtype = dtype;
-        }
+        made[i].tensor.dtype = output_type(&self->out[index], dtype, made[i].tensor.dtype);
         memory[given_count] = empty;
         number[given_count] = index;
         result[index] = py_array_new(&memory[given_count], like, &made[i].tensor);
@@ -427,7 +431,7 @@ static PyObject *outputs(PyObject *object, PyObject *arguments)
     }
     for (int i = 0; list != NULL && i < out_count; i++) {
         int index = find_output(self, out[i].name);
-        attn_dtype type = self->out[index].type == ATTN_PORT_FLOAT ? dtype : out[i].tensor.dtype;
+        attn_dtype type = output_type(&self->out[index], dtype, out[i].tensor.dtype);
         PyObject *entry = Py_BuildValue("(Ns)", shape_tuple(&out[i].tensor), attn_dtype_name(type));
         if (entry == NULL) {
             Py_CLEAR(list);
@@ -595,7 +599,8 @@ static PyObject *param_entry(const attn_param_info *p)
 static PyObject *port_entry(const attn_port_info *p)
 {
     static const char *const names[] = {"float", "cache", "int", "bool"};
-    return Py_BuildValue("{sssssssNsNsNsz}", "name", p->name, "shape", p->shape, "type", names[p->type], "optional",
+    return Py_BuildValue("{sssssssNsNsNsz}", "name", p->name, "shape", p->shape, "type",
+                         p->flags & ATTN_PORT_F32 ? "float32" : names[p->type], "optional",
                          flag(p->flags & ATTN_PORT_OPTIONAL), "differentiable", flag(p->flags & ATTN_PORT_DIFF),
                          "on_request", flag(p->flags & ATTN_PORT_ON_REQUEST), "help", p->help);
 }

@@ -36,7 +36,7 @@ static const attn_port_info window_ports[] = {
     ATTN_IN("pad_k", "Hkv,D", FLOAT, ATTN_PORT_OPTIONAL | ATTN_PORT_DIFF, "key of a padding token (absent: zero)"),
     ATTN_IN("pad_v", "Hkv,Dv", FLOAT, ATTN_PORT_OPTIONAL | ATTN_PORT_DIFF, "value of a padding token (absent: zero)"),
     ATTN_OUT("o", "B,H,N,Dv", FLOAT, ATTN_PORT_DIFF, "the attention output"),
-    ATTN_OUT("lse", "B,H,N", FLOAT, 0, "log-sum-exp, with the padding tokens that take part"),
+    ATTN_OUT("lse", "B,H,N", FLOAT, ATTN_PORT_F32, "log-sum-exp, with the padding tokens that take part"),
 };
 
 void attn_davit_window(attn_windows *w, const attn_ints *grid, const attn_ints *window)

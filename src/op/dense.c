@@ -33,7 +33,7 @@ static const attn_port_info ports[] = {
     ATTN_IN("k_scale", "B,Hkv,M", FLOAT, OPTIONAL, "scale of each int8 key"),
     ATTN_IN("v_scale", "B,Hkv,M", FLOAT, OPTIONAL, "scale of each int8 value"),
     ATTN_OUT("o", "B,H,N,Dv", FLOAT, ANY | DIFF, "the attention output"),
-    ATTN_OUT("lse", "B,H,N", FLOAT, 0, "log-sum-exp of the final scores"),
+    ATTN_OUT("lse", "B,H,N", FLOAT, ATTN_PORT_F32, "log-sum-exp of the final scores"),
 };
 
 static attn_dense_settings settings_of(const attn_call *call)

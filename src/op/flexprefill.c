@@ -42,7 +42,7 @@ static const attn_port_info ports[] = {
     ATTN_IN("k", "B,Hkv,M,D", FLOAT, ATTN_PORT_DIFF, "keys, M >= N; query head h reads head h / (H/Hkv)"),
     ATTN_IN("v", "B,Hkv,M,Dv", FLOAT, ATTN_PORT_DIFF, "values"),
     ATTN_OUT("o", "B,H,N,Dv", FLOAT, ATTN_PORT_DIFF, "the attention output"),
-    ATTN_OUT("lse", "B,H,N", FLOAT, 0, "log-sum-exp over the kept keys"),
+    ATTN_OUT("lse", "B,H,N", FLOAT, ATTN_PORT_F32, "log-sum-exp over the kept keys"),
     ATTN_OUT("blocks", "B,H,nq,nk", BOOL, 0, "kept key blocks per query block"),
     ATTN_OUT("pattern", "B,H", INT, 0, "0 exact, 1 vertical and slash, 2 query-aware"),
 };

@@ -100,7 +100,7 @@ static const attn_port_info halo_ports[] = {
     ATTN_IN("rel_h", "Th,D", FLOAT, ATTN_PORT_OPTIONAL | ATTN_PORT_DIFF, "relative row embeddings, 2*(block+2*halo)-1 rows, for all heads"),
     ATTN_IN("rel_w", "Tw,D", FLOAT, ATTN_PORT_OPTIONAL | ATTN_PORT_DIFF, "relative column embeddings"),
     ATTN_OUT("o", "B,H,N,Dv", FLOAT, ATTN_PORT_DIFF, "the attention output on the output grid"),
-    ATTN_OUT("lse", "B,H,N", FLOAT, 0, "log-sum-exp over all slots that take part"),
+    ATTN_OUT("lse", "B,H,N", FLOAT, ATTN_PORT_F32, "log-sum-exp over all slots that take part"),
 };
 
 static attn_status halo_setup(const attn_call *call, attn_windows *w)

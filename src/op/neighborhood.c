@@ -100,7 +100,7 @@ static const attn_port_info fused_ports[] = {
     ATTN_IN("extra_k", "B,Hkv,L,D", FLOAT, ATTN_PORT_OPTIONAL | ATTN_PORT_DIFF, "keys of more tokens, which every query sees"),
     ATTN_IN("extra_v", "B,Hkv,L,Dv", FLOAT, ATTN_PORT_OPTIONAL | ATTN_PORT_DIFF, "their values"),
     ATTN_OUT("o", "B,H,N,Dv", FLOAT, ATTN_PORT_DIFF, "the attention output"),
-    ATTN_OUT("lse", "B,H,N", FLOAT, 0, "log-sum-exp of all visible scores"),
+    ATTN_OUT("lse", "B,H,N", FLOAT, ATTN_PORT_F32, "log-sum-exp of all visible scores"),
 };
 
 static attn_status check_rpb(const attn_tensor *rpb, const attn_na *na, int64_t heads)

@@ -89,7 +89,7 @@ static const attn_port_info merge_ports[] = {
     ATTN_IN("os", "S,B,H,N,Dv", FLOAT, 0, "outputs over disjoint sets of keys"),
     ATTN_IN("lses", "S,B,H,N", FLOAT, 0, "their log-sum-exps; -inf: the part saw nothing"),
     ATTN_OUT("o", "B,H,N,Dv", FLOAT, 0, "the output over all keys"),
-    ATTN_OUT("lse", "B,H,N", FLOAT, 0, "its log-sum-exp"),
+    ATTN_OUT("lse", "B,H,N", FLOAT, ATTN_PORT_F32, "its log-sum-exp"),
 };
 
 static attn_status merge_forward(attn_call *call)

@@ -25,7 +25,7 @@ static const attn_port_info ports[] = {
     ATTN_IN("v", "B,Hkv,M,Dv", FLOAT, ATTN_PORT_ANY_LAYOUT | ATTN_PORT_DIFF, "values"),
     ATTN_IN("key_length", "B", INT, ATTN_PORT_OPTIONAL, "keys at or past it are masked"),
     ATTN_OUT("o", "B,H,N,Dv", FLOAT, ATTN_PORT_ANY_LAYOUT | ATTN_PORT_DIFF, "the attention output"),
-    ATTN_OUT("lse", "B,H,N", FLOAT, 0, "log-sum-exp of the visible scores; -inf for a query that sees nothing"),
+    ATTN_OUT("lse", "B,H,N", FLOAT, ATTN_PORT_F32, "log-sum-exp of the visible scores; -inf for a query that sees nothing"),
 };
 
 /* The band and the sinks, the same for all heads. */

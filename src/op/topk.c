@@ -36,7 +36,7 @@ enum { Q, K, V, O, LSE, SELECTION };
         ATTN_IN("k", "B,Hkv,M,D", FLOAT, ANY_DIFF, "keys; query head h reads head h / (H/Hkv)"),                       \
         ATTN_IN("v", "B,Hkv,M,Dv", FLOAT, ANY_DIFF, "values"),                                                         \
         ATTN_OUT("o", "B,H,N,Dv", FLOAT, ANY_DIFF, "the attention output"),                                            \
-        ATTN_OUT("lse", "B,H,N", FLOAT, 0, "log-sum-exp over the kept keys")
+        ATTN_OUT("lse", "B,H,N", FLOAT, ATTN_PORT_F32, "log-sum-exp over the kept keys")
 
 static const attn_port_info ports[] = {
     QKV_PORTS,

@@ -151,8 +151,8 @@ def test_half(dtype, tolerance):
             pytest.skip("ml_dtypes is not installed")
         dtype = ml_dtypes.bfloat16
     q, k, v = qkv(dtype=dtype)
-    got = attn.ops.dense(q, k, v, outputs="o")
-    assert got.dtype == q.dtype
+    got, lse = attn.ops.dense(q, k, v)
+    assert got.dtype == q.dtype and lse.dtype == np.float32
     np.testing.assert_allclose(np.asarray(got, np.float64), exact(q, k, v), rtol=tolerance, atol=tolerance)
 
 

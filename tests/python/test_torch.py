@@ -121,11 +121,22 @@ def test_compile_with_dynamic_shapes():
     assert len(graphs) == 1
 
 
-def test_gradients_of_half():
-    q, k, v = (torch.randn(1, 2, 40, 16).bfloat16().requires_grad_() for _ in range(3))
-    o = attn.torch.dense(q, k, v, outputs="o")
-    o.sum().backward()
-    assert o.dtype == q.grad.dtype == v.grad.dtype == torch.bfloat16
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16] if torch else [])
+@pytest.mark.parametrize("name", ["dense", "streaming"])
+def test_gradients_of_half(name, dtype):
+    q, k, v = (torch.randn(1, 2, 400, 16).to(dtype).requires_grad_() for _ in range(3))
+    function = getattr(attn.torch, name)
+    o = function(q, k, v, outputs="o")
+    grad = torch.randn(o.shape).to(dtype)
+    o.backward(grad)
+    assert o.dtype == q.grad.dtype == v.grad.dtype == dtype
+    exact = [x.detach().float().requires_grad_() for x in (q, k, v)]
+    function(*exact, outputs="o").backward(grad.float())
+    eps = torch.finfo(dtype).eps
+    for name, half, single in zip("qkv", (q, k, v), exact):
+        # No more than the rounding of the gradient and, in those of queries and keys, of the saved output.
+        torch.testing.assert_close(half.grad.float(), single.grad, rtol=0.6 * eps, atol=2 * eps if name != "v" else 1e-4,
+                                   msg=lambda text, name=name: f"gradient of {name}: {text}")
 
 
 def test_ops_route_to_torch():
