@@ -61,13 +61,19 @@ The Debian archive cannot be reached. What to do:
 fi
 ASK=${ASK:-What is this text about?}
 
+chat=--chat
+if ! "$attn" info "$MODEL" --metadata | grep -q tokenizer.chat_template; then
+    chat="" # a model that was not trained to answer: it goes on after the question
+fi
+
 sparse=${SPARSE:-flexprefill:gamma=0.8,min_budget=256}
 results=$(mktemp -d)
 trap 'rm -rf "$results"' EXIT
 
 # ask NAME [OPTION]...: the answer and the statistics, as JSON.
 ask() {
-    "$attn" run "$MODEL" --chat -f "$DOC" -p "$ASK" -n "${TOKENS:-80}" --json --stats "${@:2}" >"$results/$1"
+    # shellcheck disable=SC2086
+    "$attn" run "$MODEL" $chat -f "$DOC" -p "$ASK" -n "${TOKENS:-80}" --json --stats "${@:2}" >"$results/$1"
 }
 
 say "Model:     $MODEL"
@@ -80,7 +86,7 @@ say "The same with sparse attention while reading ($sparse, arXiv:2502.20766) ..
 ask sparse --attention "$sparse"
 python3 - "$results/exact" "$results/sparse" <<'PY'
 import json, shutil, sys, textwrap
-runs = [json.loads(open(path, encoding="utf-8", errors="replace").read(), strict=False) for path in sys.argv[1:]]
+runs = [json.load(open(path, encoding="utf-8")) for path in sys.argv[1:]]
 width = max(30, min(shutil.get_terminal_size((100, 24)).columns, 120) // 2 - 2)
 
 

@@ -11,7 +11,7 @@
 
 /* ---- Small parts ---- */
 
-attn_status token_list_add(token_list *list, int32_t token)
+attn_status attn_token_list_add(token_list *list, int32_t token)
 {
     if (list->count == list->room) {
         int64_t room = list->room > 0 ? 2 * list->room : 64;
@@ -31,7 +31,7 @@ static int better(const merge_candidate *a, const merge_candidate *b)
     return a->key < b->key || (!(a->key > b->key) && a->left < b->left);
 }
 
-attn_status merge_heap_push(merge_heap *heap, merge_candidate candidate)
+attn_status attn_merge_heap_push(merge_heap *heap, merge_candidate candidate)
 {
     if (heap->count == heap->room) {
         int64_t room = heap->room > 0 ? 2 * heap->room : 64;
@@ -51,7 +51,7 @@ attn_status merge_heap_push(merge_heap *heap, merge_candidate candidate)
     return ATTN_OK;
 }
 
-merge_candidate merge_heap_pop(merge_heap *heap)
+merge_candidate attn_merge_heap_pop(merge_heap *heap)
 {
     merge_candidate top = heap->items[0], last = heap->items[--heap->count];
     int64_t at = 0;
@@ -73,7 +73,7 @@ merge_candidate merge_heap_pop(merge_heap *heap)
     return top;
 }
 
-int utf8_length(const char *text, size_t length)
+int attn_utf8_length(const char *text, size_t length)
 {
     const unsigned char *p = (const unsigned char *)text;
     if (length == 0) {
@@ -112,7 +112,7 @@ static const char *map_text(const attn_tokenizer *t, const token_map *map, int32
     return (map == &t->map ? t->bytes : t->names) + offsets[id];
 }
 
-int32_t token_map_find(const attn_tokenizer *t, const token_map *map, const char *text, size_t length)
+int32_t attn_token_map_find(const attn_tokenizer *t, const token_map *map, const char *text, size_t length)
 {
     for (uint64_t at = hash_bytes(text, length) & map->mask; map->slots[at] != 0; at = (at + 1) & map->mask) {
         size_t found;
@@ -129,7 +129,7 @@ static void map_add(attn_tokenizer *t, token_map *map, int32_t id)
 {
     size_t length;
     const char *text = map_text(t, map, id, &length);
-    if (length == 0 || token_map_find(t, map, text, length) >= 0) {
+    if (length == 0 || attn_token_map_find(t, map, text, length) >= 0) {
         return;
     }
     uint64_t at = hash_bytes(text, length) & map->mask;
@@ -170,7 +170,7 @@ static int64_t spelled_bytes(const char *text, size_t length, const int32_t byte
 {
     int64_t count = 0;
     for (size_t i = 0; i < length;) {
-        int size = utf8_length(text + i, length - i);
+        int size = attn_utf8_length(text + i, length - i);
         const unsigned char *p = (const unsigned char *)text + i;
         int32_t code = size == 1 ? p[0] : size == 2 ? (p[0] & 0x1f) << 6 | (p[1] & 0x3f) : 512;
         if (size == 0 || code >= 512 || byte_of[code] < 0) {
@@ -274,7 +274,7 @@ static attn_status read_texts(attn_tokenizer *t, const attn_tokenizer_data *data
     return ATTN_OK;
 }
 
-const merge_entry *find_merge(const attn_tokenizer *t, int32_t left, int32_t right)
+const merge_entry *attn_find_merge(const attn_tokenizer *t, int32_t left, int32_t right)
 {
     uint64_t h = ((uint64_t)(uint32_t)left << 32 | (uint32_t)right) * UINT64_C(0x9e3779b97f4a7c15);
     for (uint64_t at = (h >> 20) & t->merge_mask; t->merges[at].rank >= 0; at = (at + 1) & t->merge_mask) {
@@ -315,10 +315,11 @@ static attn_status read_merges(attn_tokenizer *t, const attn_tokenizer_data *dat
         if (right < 0) {
             return attn_fail(ATTN_ERR_FORMAT, "tokenizer: merge %lld has characters outside the byte alphabet", (long long)i);
         }
-        merge_entry entry = {token_map_find(t, &t->map, buffer, (size_t)left),
-                             token_map_find(t, &t->map, buffer + left, (size_t)right), (int32_t)i,
-                             token_map_find(t, &t->map, buffer, (size_t)(left + right))};
-        if (entry.left < 0 || entry.right < 0 || entry.merged < 0 || find_merge(t, entry.left, entry.right) != NULL) {
+        merge_entry entry = {attn_token_map_find(t, &t->map, buffer, (size_t)left),
+                             attn_token_map_find(t, &t->map, buffer + left, (size_t)right), (int32_t)i,
+                             attn_token_map_find(t, &t->map, buffer, (size_t)(left + right))};
+        if (entry.left < 0 || entry.right < 0 || entry.merged < 0 ||
+            attn_find_merge(t, entry.left, entry.right) != NULL) {
             continue; /* of tokens that the vocabulary lacks, or a repetition */
         }
         uint64_t h = ((uint64_t)(uint32_t)entry.left << 32 | (uint32_t)entry.right) * UINT64_C(0x9e3779b97f4a7c15);
@@ -430,7 +431,7 @@ static attn_status fill(attn_tokenizer *t, const attn_tokenizer_data *data)
     ATTN_TRY(read_specials(t));
     if (t->model == MODEL_BPE) {
         ATTN_TRY(read_merges(t, data));
-        ATTN_TRY(bpe_patterns(t, data->pre != NULL ? data->pre : "default"));
+        ATTN_TRY(attn_bpe_patterns(t, data->pre != NULL ? data->pre : "default"));
     }
     if (data->chat_template.text != NULL) {
         t->chat_template = attn_alloc(data->chat_template.bytes + 1);
@@ -570,7 +571,7 @@ attn_status attn_tokenizer_from_gguf(attn_tokenizer **tokenizer, const attn_gguf
         data.eos = optional_int(file, "tokenizer.ggml.eos_token_id", spm ? 2 : -1);
         data.eot = optional_int(file, "tokenizer.ggml.eot_token_id", -1);
         data.unknown = optional_int(file, "tokenizer.ggml.unknown_token_id", spm ? 0 : -1);
-        int begins = spm || (a.pre != NULL && bpe_begins_texts(a.pre));
+        int begins = spm || (a.pre != NULL && attn_bpe_begins_texts(a.pre));
         data.add_bos = (int)optional_int(file, "tokenizer.ggml.add_bos_token", begins);
         data.add_eos = (int)optional_int(file, "tokenizer.ggml.add_eos_token", 0);
         data.add_space_prefix = (int)optional_int(file, "tokenizer.ggml.add_space_prefix", spm);
@@ -596,7 +597,7 @@ int32_t attn_tokenizer_eos(const attn_tokenizer *t) { return t->eos; }
 
 int32_t attn_tokenizer_find(const attn_tokenizer *t, const char *text)
 {
-    return token_map_find(t, &t->name_map, text, strlen(text));
+    return attn_token_map_find(t, &t->name_map, text, strlen(text));
 }
 
 int attn_tokenizer_is_end(const attn_tokenizer *t, int32_t token)
@@ -638,7 +639,7 @@ static attn_status encode_plain(const attn_tokenizer *t, const char *text, size_
     if (length == 0) {
         return ATTN_OK;
     }
-    return t->model == MODEL_BPE ? bpe_encode(t, text, length, out) : spm_encode(t, text, length, begin, out);
+    return t->model == MODEL_BPE ? attn_bpe_encode(t, text, length, out) : attn_spm_encode(t, text, length, begin, out);
 }
 
 static attn_status encode(const attn_tokenizer *t, const char *text, size_t bytes, int flags, token_list *out)
@@ -646,7 +647,7 @@ static attn_status encode(const attn_tokenizer *t, const char *text, size_t byte
     int parse = (flags & ATTN_TOKENIZE_PARSE) != 0;
     int begun = parse && bytes > 0 && special_at(t, text, bytes, 1) == t->bos;
     if ((flags & ATTN_TOKENIZE_SPECIAL) != 0 && t->add_bos && t->bos >= 0 && !begun) {
-        ATTN_TRY(token_list_add(out, t->bos));
+        ATTN_TRY(attn_token_list_add(out, t->bos));
     }
     size_t start = 0;
     int begin = 1;
@@ -657,14 +658,14 @@ static attn_status encode(const attn_tokenizer *t, const char *text, size_t byte
             continue;
         }
         ATTN_TRY(encode_plain(t, text + start, i - start, begin, out));
-        ATTN_TRY(token_list_add(out, id));
+        ATTN_TRY(attn_token_list_add(out, id));
         i += token_length(t, id);
         start = i;
         begin = t->types[id] == ATTN_TOKEN_CONTROL;
     }
     ATTN_TRY(encode_plain(t, text + start, bytes - start, begin, out));
     if ((flags & ATTN_TOKENIZE_SPECIAL) != 0 && t->add_eos && t->eos >= 0) {
-        ATTN_TRY(token_list_add(out, t->eos));
+        ATTN_TRY(attn_token_list_add(out, t->eos));
     }
     return ATTN_OK;
 }

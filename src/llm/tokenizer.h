@@ -52,23 +52,23 @@ static inline const char *token_bytes(const attn_tokenizer *t, int32_t id) { ret
 static inline size_t token_length(const attn_tokenizer *t, int32_t id) { return t->offsets[id + 1] - t->offsets[id]; }
 
 /* Id of the token that stands for these bytes, -1 when there is none. */
-int32_t token_map_find(const attn_tokenizer *t, const token_map *map, const char *text, size_t length);
+int32_t attn_token_map_find(const attn_tokenizer *t, const token_map *map, const char *text, size_t length);
 
 /* Growing list of tokens. */
 typedef struct token_list {
     int32_t *items;
     int64_t count, room;
 } token_list;
-attn_status token_list_add(token_list *list, int32_t token);
+attn_status attn_token_list_add(token_list *list, int32_t token);
 
 /* Text without special tokens. tokenizer_bpe.c and tokenizer_spm.c. */
-attn_status bpe_patterns(attn_tokenizer *t, const char *pre);
+attn_status attn_bpe_patterns(attn_tokenizer *t, const char *pre);
 /* Whether texts start with the begin token where the model file does not say. */
-int bpe_begins_texts(const char *pre);
-attn_status bpe_encode(const attn_tokenizer *t, const char *text, size_t length, token_list *out);
+int attn_bpe_begins_texts(const char *pre);
+attn_status attn_bpe_encode(const attn_tokenizer *t, const char *text, size_t length, token_list *out);
 /* begin: the text begins a sentence (for the space prefix). */
-attn_status spm_encode(const attn_tokenizer *t, const char *text, size_t length, int begin, token_list *out);
-const merge_entry *find_merge(const attn_tokenizer *t, int32_t left, int32_t right);
+attn_status attn_spm_encode(const attn_tokenizer *t, const char *text, size_t length, int begin, token_list *out);
+const merge_entry *attn_find_merge(const attn_tokenizer *t, int32_t left, int32_t right);
 
 /* A heap of merges that may be done, best first: lowest key, then leftmost. */
 typedef struct merge_candidate {
@@ -81,8 +81,8 @@ typedef struct merge_heap {
     merge_candidate *items;
     int64_t count, room;
 } merge_heap;
-attn_status merge_heap_push(merge_heap *heap, merge_candidate candidate);
-merge_candidate merge_heap_pop(merge_heap *heap);
+attn_status attn_merge_heap_push(merge_heap *heap, merge_candidate candidate);
+merge_candidate attn_merge_heap_pop(merge_heap *heap);
 
 /* A symbol of a text that is being merged: a linked list over the text. */
 typedef struct text_symbol {
@@ -91,6 +91,6 @@ typedef struct text_symbol {
 } text_symbol;
 
 /* Length of the UTF-8 character at the beginning of a text, 0 when it is not valid. */
-int utf8_length(const char *text, size_t length);
+int attn_utf8_length(const char *text, size_t length);
 
 #endif

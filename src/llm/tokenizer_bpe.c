@@ -70,13 +70,13 @@ static const pre_tokenizer *find_pre_tokenizer(const char *pre)
     return NULL;
 }
 
-int bpe_begins_texts(const char *pre)
+int attn_bpe_begins_texts(const char *pre)
 {
     const pre_tokenizer *found = find_pre_tokenizer(pre);
     return found != NULL && found->llama3;
 }
 
-attn_status bpe_patterns(attn_tokenizer *t, const char *pre)
+attn_status attn_bpe_patterns(attn_tokenizer *t, const char *pre)
 {
     const pre_tokenizer *found = find_pre_tokenizer(pre);
     if (found == NULL) {
@@ -102,7 +102,7 @@ static attn_status merge_small(const attn_tokenizer *t, int32_t *symbols, int co
 {
     int32_t ranks[SMALL_WORD], merged[SMALL_WORD];
     for (int i = 0; i + 1 < count; i++) {
-        const merge_entry *entry = find_merge(t, symbols[i], symbols[i + 1]);
+        const merge_entry *entry = attn_find_merge(t, symbols[i], symbols[i + 1]);
         ranks[i] = entry != NULL ? entry->rank : INT32_MAX;
         merged[i] = entry != NULL ? entry->merged : -1;
     }
@@ -124,13 +124,13 @@ static attn_status merge_small(const attn_tokenizer *t, int32_t *symbols, int co
         }
         count--;
         for (int i = best > 0 ? best - 1 : 0; i <= best && i + 1 < count; i++) {
-            const merge_entry *entry = find_merge(t, symbols[i], symbols[i + 1]);
+            const merge_entry *entry = attn_find_merge(t, symbols[i], symbols[i + 1]);
             ranks[i] = entry != NULL ? entry->rank : INT32_MAX;
             merged[i] = entry != NULL ? entry->merged : -1;
         }
     }
     for (int i = 0; i < count; i++) {
-        ATTN_TRY(token_list_add(out, symbols[i]));
+        ATTN_TRY(attn_token_list_add(out, symbols[i]));
     }
     return ATTN_OK;
 }
@@ -140,11 +140,12 @@ static attn_status push_pair(const attn_tokenizer *t, merge_heap *heap, const te
     if (left < 0 || right < 0) {
         return ATTN_OK;
     }
-    const merge_entry *entry = find_merge(t, symbols[left].token, symbols[right].token);
+    const merge_entry *entry = attn_find_merge(t, symbols[left].token, symbols[right].token);
     if (entry == NULL) {
         return ATTN_OK;
     }
-    return merge_heap_push(heap, (merge_candidate){entry->rank, left, right, entry->merged, symbols[left].size, symbols[right].size});
+    return attn_merge_heap_push(heap, (merge_candidate){entry->rank, left, right, entry->merged, symbols[left].size,
+                                                        symbols[right].size});
 }
 
 /* Long ones: a linked list and a heap, n log n. */
@@ -156,7 +157,7 @@ static attn_status merge_long(const attn_tokenizer *t, text_symbol *symbols, int
         status = push_pair(t, &heap, symbols, i, i + 1);
     }
     while (heap.count > 0 && status == ATTN_OK) {
-        merge_candidate c = merge_heap_pop(&heap);
+        merge_candidate c = attn_merge_heap_pop(&heap);
         text_symbol *left = &symbols[c.left], *right = &symbols[c.right];
         if (left->size != c.left_size || right->size != c.right_size) {
             continue; /* one of them has merged with another since */
@@ -174,7 +175,7 @@ static attn_status merge_long(const attn_tokenizer *t, text_symbol *symbols, int
         }
     }
     for (int32_t i = 0; i >= 0 && status == ATTN_OK; i = symbols[i].next) {
-        status = token_list_add(out, symbols[i].token);
+        status = attn_token_list_add(out, symbols[i].token);
     }
     attn_free(heap.items);
     return status;
@@ -183,9 +184,9 @@ static attn_status merge_long(const attn_tokenizer *t, text_symbol *symbols, int
 /* A word, by merging its bytes. Bytes that the vocabulary lacks are dropped, as the reference implementations do. */
 static attn_status encode_word(const attn_tokenizer *t, const char *text, size_t length, token_list *out)
 {
-    int32_t small[SMALL_WORD], whole = t->whole_words ? token_map_find(t, &t->map, text, length) : -1;
+    int32_t small[SMALL_WORD], whole = t->whole_words ? attn_token_map_find(t, &t->map, text, length) : -1;
     if (whole >= 0) {
-        return token_list_add(out, whole);
+        return attn_token_list_add(out, whole);
     }
     if (length <= SMALL_WORD) {
         int count = 0;
@@ -251,7 +252,7 @@ static attn_status cut(const attn_tokenizer *t, int level, pcre2_match_data **ma
     return cut(t, level + 1, matches, text + done, length - done, out);
 }
 
-attn_status bpe_encode(const attn_tokenizer *t, const char *text, size_t length, token_list *out)
+attn_status attn_bpe_encode(const attn_tokenizer *t, const char *text, size_t length, token_list *out)
 {
     pcre2_match_data *matches[PATTERN_LIMIT] = {NULL};
     attn_status status = ATTN_OK;

@@ -13,10 +13,10 @@ static attn_status add_bytes(const attn_tokenizer *t, const char *text, size_t l
         all &= t->byte_tokens[(unsigned char)text[i]] >= 0;
     }
     if (!all) {
-        return t->unknown >= 0 ? token_list_add(out, t->unknown) : ATTN_OK;
+        return t->unknown >= 0 ? attn_token_list_add(out, t->unknown) : ATTN_OK;
     }
     for (size_t i = 0; i < length; i++) {
-        ATTN_TRY(token_list_add(out, t->byte_tokens[(unsigned char)text[i]]));
+        ATTN_TRY(attn_token_list_add(out, t->byte_tokens[(unsigned char)text[i]]));
     }
     return ATTN_OK;
 }
@@ -28,12 +28,12 @@ static attn_status push_pair(const attn_tokenizer *t, merge_heap *heap, const te
         return ATTN_OK;
     }
     size_t length = symbols[left].size + symbols[right].size;
-    int32_t token = length <= t->longest ? token_map_find(t, &t->map, text + symbols[left].start, length) : -1;
+    int32_t token = length <= t->longest ? attn_token_map_find(t, &t->map, text + symbols[left].start, length) : -1;
     if (token < 0) {
         return ATTN_OK;
     }
-    return merge_heap_push(heap, (merge_candidate){-(double)t->scores[token], left, right, token, symbols[left].size,
-                                                   symbols[right].size});
+    return attn_merge_heap_push(heap, (merge_candidate){-(double)t->scores[token], left, right, token, symbols[left].size,
+                                                        symbols[right].size});
 }
 
 static attn_status merge_pairs(const attn_tokenizer *t, const char *text, text_symbol *symbols, int32_t count, token_list *out)
@@ -44,7 +44,7 @@ static attn_status merge_pairs(const attn_tokenizer *t, const char *text, text_s
         status = push_pair(t, &heap, symbols, text, i, i + 1);
     }
     while (heap.count > 0 && status == ATTN_OK) {
-        merge_candidate c = merge_heap_pop(&heap);
+        merge_candidate c = attn_merge_heap_pop(&heap);
         text_symbol *left = &symbols[c.left], *right = &symbols[c.right];
         if (left->size != c.left_size || right->size != c.right_size) {
             continue;
@@ -62,7 +62,7 @@ static attn_status merge_pairs(const attn_tokenizer *t, const char *text, text_s
         }
     }
     for (int32_t i = 0; i >= 0 && status == ATTN_OK; i = symbols[i].next) {
-        status = symbols[i].token >= 0 ? token_list_add(out, symbols[i].token)
+        status = symbols[i].token >= 0 ? attn_token_list_add(out, symbols[i].token)
                                        : add_bytes(t, text + symbols[i].start, symbols[i].size, out);
     }
     attn_free(heap.items);
@@ -77,10 +77,10 @@ static attn_status by_merging(const attn_tokenizer *t, const char *text, size_t 
     }
     int32_t count = 0;
     for (size_t i = 0; i < length;) {
-        int size = utf8_length(text + i, length - i);
+        int size = attn_utf8_length(text + i, length - i);
         size = size > 0 ? size : 1;
         symbols[count] = (text_symbol){(uint32_t)i, (uint32_t)size, count - 1, count + 1,
-                                       token_map_find(t, &t->map, text + i, (size_t)size)};
+                                       attn_token_map_find(t, &t->map, text + i, (size_t)size)};
         count++;
         i += (size_t)size;
     }
@@ -106,14 +106,14 @@ static attn_status by_viterbi(const attn_tokenizer *t, const char *text, size_t 
         if (best[i] == -DBL_MAX) {
             continue;
         }
-        int size = utf8_length(text + i, length - i);
+        int size = attn_utf8_length(text + i, length - i);
         size = size > 0 ? size : 1;
         double single = best[i] + (double)t->lowest_score - UNKNOWN_PENALTY;
         if (single > best[i + (size_t)size]) {
             best[i + (size_t)size] = single, token[i + (size_t)size] = -1, from[i + (size_t)size] = (uint32_t)i;
         }
         for (size_t n = 1; n <= t->longest && i + n <= length; n++) {
-            int32_t id = token_map_find(t, &t->map, text + i, n);
+            int32_t id = attn_token_map_find(t, &t->map, text + i, n);
             if (id >= 0 && best[i] + (double)t->scores[id] > best[i + n]) {
                 best[i + n] = best[i] + (double)t->scores[id], token[i + n] = id, from[i + n] = (uint32_t)i;
             }
@@ -129,7 +129,8 @@ static attn_status by_viterbi(const attn_tokenizer *t, const char *text, size_t 
     }
     for (size_t i = 0; status == ATTN_OK && i < steps; i++) {
         size_t stop = (size_t)best[length - steps + 1 + i], start = from[stop];
-        status = token[stop] >= 0 ? token_list_add(out, token[stop]) : add_bytes(t, text + start, stop - start, out);
+        status = token[stop] >= 0 ? attn_token_list_add(out, token[stop])
+                                  : add_bytes(t, text + start, stop - start, out);
     }
     attn_free(best);
     attn_free(token);
@@ -137,7 +138,7 @@ static attn_status by_viterbi(const attn_tokenizer *t, const char *text, size_t 
     return status;
 }
 
-attn_status spm_encode(const attn_tokenizer *t, const char *text, size_t length, int begin, token_list *out)
+attn_status attn_spm_encode(const attn_tokenizer *t, const char *text, size_t length, int begin, token_list *out)
 {
     char *prefixed = NULL;
     if (t->add_space_prefix && begin) {
