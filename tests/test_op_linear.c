@@ -327,14 +327,28 @@ static void based_window_runs(void **unused)
 static void no_heads(void **unused)
 {
     (void)unused;
-    const char *specs[] = {"lightning", "based", "based.decode", "based.window:window=2", "flow", "flow:causal=true",
-                           "agent:grid=[2,3],agent_grid=[1,2],shortcut=0.5"};
-    for (size_t i = 0; i < sizeof specs / sizeof *specs; i++) {
-        opcheck_case c = {.spec = specs[i], .seed = 1};
+    const char *specs[] = {"based.decode", "lightning", "based", "based.window:window=2", "flow", "flow:causal=true",
+                           "agent:grid=[2,3],agent_grid=[1,2],shortcut=0.5", "dsf.attention", "disendiff.attention"};
+    for (size_t i = 0; i < 2 * sizeof specs / sizeof *specs; i++) { /* without key heads, and with some that nobody reads */
+        opcheck_case c = {.spec = specs[i / 2], .seed = 1};
         for (int j = 0; j < 3; j++) {
-            opcheck_input(&c, (const char *[]){"q", "k", "v"}[j], SHAPE(2, 0, 6, 4));
+            opcheck_input(&c, (const char *[]){"q", "k", "v"}[j], SHAPE(2, j > 0 && i % 2 ? 2 : 0, 6, 4));
         }
-        opcheck_run(&c, i == 2 ? 0 : 1e-2);
+        opcheck_run(&c, i < 2 ? 0 : 1e-2);
+    }
+}
+
+/* Products over no channels are 0, whichever way they are computed, and values may have none. */
+static void no_channels(void **unused)
+{
+    (void)unused;
+    const char *specs[] = {"lightning", "based", "dsf.attention:phi=taylor,eta=sum", "dsf.attention:phi=elu1", "rcmha.core"};
+    for (size_t i = 0; i < 2 * sizeof specs / sizeof *specs; i++) {
+        opcheck_case c = {.spec = specs[i / 2], .seed = 1};
+        for (int j = 0; j < 3; j++) {
+            opcheck_input(&c, (const char *[]){"q", "k", "v"}[j], SHAPE(2, 2, 6, (j == 2) == (i % 2 == 0) ? 4 : 0));
+        }
+        opcheck_run(&c, 1e-2);
     }
 }
 
@@ -362,6 +376,7 @@ int main(void)
     const struct CMUnitTest tests[] = {cmocka_unit_test(lightning), cmocka_unit_test(tnl), cmocka_unit_test(tnl_long), cmocka_unit_test(tnl_errors),
                                        cmocka_unit_test(flow), cmocka_unit_test(flow_conservation), cmocka_unit_test(flow_errors),
                                        cmocka_unit_test(based), cmocka_unit_test(based_layers), cmocka_unit_test(based_conv_in_spans), cmocka_unit_test(based_errors),
-                                       cmocka_unit_test(based_without_channels), cmocka_unit_test(based_window_runs), cmocka_unit_test(no_heads)};
+                                       cmocka_unit_test(based_without_channels), cmocka_unit_test(based_window_runs), cmocka_unit_test(no_heads),
+                                       cmocka_unit_test(no_channels)};
     return cmocka_run_group_tests(tests, NULL, NULL);
 }

@@ -53,7 +53,7 @@ static void find_groups(stairs_problem *p, int backward)
     for (int64_t h = 0; h < p->stairs->head_count; h++) {
         const attn_stairs_head *head = &p->stairs->heads[h];
         if (h == 0 || head->kv != head[-1].kv) {
-            p->groups[p->group_count++] = (stairs_group){.head = h, .few = !backward};
+            p->groups[p->group_count++] = (stairs_group){.head = h, .few = !backward && p->d > 0 && p->dv > 0};
         }
         stairs_group *group = &p->groups[p->group_count - 1];
         group->next = h + 1;

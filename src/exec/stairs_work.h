@@ -14,7 +14,7 @@
 /* Heads [head, next) have the same keys and values; no row of theirs sees more than `end` keys. */
 typedef struct stairs_group {
     int64_t head, next, end;
-    int few; /* so few rows that nothing is packed for them */
+    int few; /* so few rows that nothing is packed for them (and there are channels) */
 } stairs_group;
 
 /* Rows [low, low+rows) of a table of relative positions, those that the rows of a head reach, packed like keys; heads of several batch

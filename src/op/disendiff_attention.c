@@ -33,7 +33,7 @@ static attn_maps attention_maps(const attn_call *call)
 {
     const disendiff_params *p = call->params;
     int64_t heads = attn_dim(call, "H"), kv_heads = attn_dim(call, "Hkv"), d = attn_dim(call, "D");
-    return (attn_maps){.count = attn_dim(call, "B") * heads, .group = kv_heads > 0 ? heads / kv_heads : 1, .n = attn_dim(call, "N"),
+    return (attn_maps){.count = attn_dim(call, "B") * heads, .group = heads > 0 ? heads / kv_heads : 1, .n = attn_dim(call, "N"),
                        .keys = attn_dim(call, "T"), .d = d, .dv = attn_dim(call, "Dv"), .scale = attn_default_scale(p->scale, d),
                        .q = attn_f32(call->t[ATT_Q]), .k = attn_f32(call->t[ATT_K]), .v = attn_f32(call->t[ATT_V])};
 }

@@ -84,7 +84,7 @@ static void features_backward(const features *f, const float *x, const float *va
     for (int64_t p = 1; p <= f->order; p++) {
         power *= f->d;
     }
-    for (int64_t p = f->order; p >= 1; p--, power /= f->d) {
+    for (int64_t p = f->order; p >= 1 && f->d > 0; p--, power /= f->d) {
         at -= power;
         int64_t below = power / f->d;
         float factor = (float)(f->root / sqrt((double)p));

@@ -283,7 +283,7 @@ static void allot(const flow *f, int threads, const float *allocation, const flo
 
 /* ---- Backward of the flows: from gradients of I (through the product), allocation and competition to those of mapped q and k ---- */
 
-/* gi [n], gal [n], gc [m] in; gq, gk are added to. spare: 4 * D more of the head's sums. */
+/* gi [n], gal [n], gc [m] in; gq, gk are added to. The gradients of the four sums lie behind them. */
 static void back_normal(const flow *f, const head *h, double *gi, const double *gal, const double *gc, float *gq, float *gk)
 {
     int64_t d = f->d, n = f->n, m = f->m;
@@ -474,7 +474,7 @@ static attn_status setup(const attn_call *call, flow *f)
     int64_t heads = attn_dim(call, "H");
     *f = (flow){.batch = attn_dim(call, "B"), .heads = heads, .n = attn_dim(call, "N"), .m = attn_dim(call, "M"), .d = attn_dim(call, "D"),
                 .dv = attn_dim(call, "Dv"), .causal = (int)p->causal, .kernel = p->kernel, .eps = p->eps, .clamp = p->clamp};
-    f->group = attn_dim(call, "Hkv") > 0 ? heads / attn_dim(call, "Hkv") : 1;
+    f->group = heads > 0 ? heads / attn_dim(call, "Hkv") : 1;
     if (f->n < 1 || f->m < 1 || f->d < 1) {
         return attn_fail(ATTN_ERR_SHAPE, "N = %lld, M = %lld and D = %lld, expected at least 1 each", (long long)f->n, (long long)f->m,
                          (long long)f->d);
