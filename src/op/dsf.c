@@ -222,8 +222,8 @@ static dsf_scan scan_setup(const attn_call *call)
     const attn_tensor *lam = call->t[S_LAM], *gain = call->t[S_GAIN];
     int64_t heads = attn_dim(call, "H");
     return (dsf_scan){.sequences = attn_dim(call, "B") * heads, .n = attn_dim(call, "N"), .channels = attn_dim(call, "Dv"),
-                      .states = attn_dim(call, "S"), .skip_sets = attn_max_i64(1, heads), .lam_wide = lam->shape[3] > 1,
-                      .lam_deep = lam->shape[4] > 1, .gain_wide = gain != NULL && gain->shape[3] > 1, .v = attn_f32(call->t[S_V]),
+                      .states = attn_dim(call, "S"), .skip_sets = attn_max_i64(1, heads), .lam_wide = lam->shape[3] != 1,
+                      .lam_deep = lam->shape[4] != 1, .gain_wide = gain != NULL && gain->shape[3] != 1, .v = attn_f32(call->t[S_V]),
                       .b = attn_f32(call->t[S_B]), .c = attn_f32(call->t[S_C]), .lam = attn_f32(lam), .gain = attn_f32(gain),
                       .skip = attn_f32(call->t[S_SKIP]), .h0 = attn_f32(call->t[S_H0])};
 }

@@ -118,8 +118,8 @@ static attn_status s6_setup(attn_call *call, s6 *x, dsf_scan *scan)
 {
     const attn_tensor *dt = call->t[S_DT], *bias = call->t[S_DT_BIAS], *rate = call->t[S_A_LOG];
     *x = (s6){.rows = attn_dim(call, "B") * attn_dim(call, "N"), .channels = attn_dim(call, "d"), .states = attn_dim(call, "S"),
-              .dt_wide = dt->shape[2] > 1, .bias_wide = bias != NULL && bias->shape[0] > 1, .rate_wide = rate->shape[0] > 1,
-              .rate_deep = rate->shape[1] > 1, .dt = attn_f32(dt), .bias = attn_f32(bias), .a_log = attn_f32(rate)};
+              .dt_wide = dt->shape[2] != 1, .bias_wide = bias != NULL && bias->shape[0] != 1, .rate_wide = rate->shape[0] != 1,
+              .rate_deep = rate->shape[1] != 1, .dt = attn_f32(dt), .bias = attn_f32(bias), .a_log = attn_f32(rate)};
     ATTN_TRY(s6_prepare(call, x));
     *scan = (dsf_scan){.sequences = attn_dim(call, "B"), .n = attn_dim(call, "N"), .channels = x->channels, .states = x->states,
                        .skip_sets = 1, .gain_wide = 1, .v = attn_f32(call->t[S_U]), .b = attn_f32(call->t[S_B]),
