@@ -314,8 +314,10 @@ static void check(problem *p, attn_random *random, int options, attn_dtype q_typ
     reference_run(p, &r);
     attn_exec exec = {.threads = 2};
     must(attn_dense_forward(&p->settings, &p->in, &p->o, &p->lse, &exec));
-    compare(p, "o", &p->o, r.o, 2e-5);
-    compare(p, "lse", &p->lse, r.lse, 2e-5);
+    /* Beside many int8 rows, queries and weights are rounded to 16 bits. */
+    double tolerance = kv_type == ATTN_I8 && p->m >= 2048 ? 1e-4 : 2e-5;
+    compare(p, "o", &p->o, r.o, tolerance);
+    compare(p, "lse", &p->lse, r.lse, tolerance);
     if (kv_type != ATTN_I8) {
         check_backward(p, &r);
     }
@@ -326,7 +328,7 @@ static void check(problem *p, attn_random *random, int options, attn_dtype q_typ
 static void for_each_isa(void (*run)(attn_random *random))
 {
     attn_isa before = attn_isa_current();
-    for (int isa = 0; isa <= ATTN_ISA_LEVEL_AVX512; isa++) {
+    for (int isa = 0; isa <= ATTN_ISA_LEVEL_AVX512VNNI; isa++) {
         if (attn_isa_available((attn_isa)isa)) {
             attn_random random;
             attn_random_seed(&random, 2024);

@@ -97,7 +97,11 @@ typedef struct dense_keys {
     int64_t b, kv, first, count;
     const int32_t *list;
     int64_t entries;
+    int rounded; /* of int8, see attn_decode_kernels */
 } dense_keys;
+/* From so many keys on that a query sees, int8 is read with rounded queries and weights: what that does to a weight (up to 2^-16 of the
+ * largest one) evens out among so many, to 1e-5 of the values' size. */
+#define DENSE_ROUNDED_KEYS 2048
 /* The channels of each key, and of each value, are neighbours, as the following two need. */
 int attn_dense_rows_lie_together(const dense_problem *problem);
 /* Scores s [rows][lds] of queries q [rows][D]; o [rows][dv_pad] += weights s (which int8 scales change) times values. */

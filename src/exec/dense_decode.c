@@ -38,9 +38,9 @@ void attn_dense_scores_in_place(const dense_problem *p, float *s, int64_t lds, c
     const attn_tensor *k = &p->in->k;
     const void *from = attn_dense_row(k, y->b, y->kv, y->first);
     if (y->list != NULL) {
-        p->decode->scores_listed(s, lds, q, p->d, rows, from, k->dtype, k->stride[2], y->list, y->count, y->entries, p->d);
+        p->decode->scores_listed(s, lds, q, p->d, rows, from, k->dtype, y->rounded, k->stride[2], y->list, y->count, y->entries, p->d);
     } else {
-        p->decode->scores(s, lds, q, p->d, rows, from, k->dtype, k->stride[2], y->count, p->d);
+        p->decode->scores(s, lds, q, p->d, rows, from, k->dtype, y->rounded, k->stride[2], y->count, p->d);
     }
     scale_keys(p, s, lds, rows, p->in->k_scale, y);
 }
@@ -51,9 +51,9 @@ void attn_dense_values_in_place(const dense_problem *p, float *o, float *s, int6
     const void *from = attn_dense_row(v, y->b, y->kv, y->first);
     scale_keys(p, s, lds, rows, p->in->v_scale, y);
     if (y->list != NULL) {
-        p->decode->values_listed(o, p->dv_pad, s, lds, rows, from, v->dtype, v->stride[2], y->list, y->count, y->entries, p->dv);
+        p->decode->values_listed(o, p->dv_pad, s, lds, rows, from, v->dtype, y->rounded, v->stride[2], y->list, y->count, y->entries, p->dv);
     } else {
-        p->decode->values(o, p->dv_pad, s, lds, rows, from, v->dtype, v->stride[2], y->count, p->dv);
+        p->decode->values(o, p->dv_pad, s, lds, rows, from, v->dtype, y->rounded, v->stride[2], y->count, p->dv);
     }
 }
 
@@ -71,14 +71,13 @@ static void find_top(part_state *state, const float *before, const float *scores
     }
 }
 
-static void attend_step(const dense_problem *p, const float *q, float *s, part_state *state, int64_t b, int64_t kv,
-                        int64_t first, int64_t keys)
+static void attend_step(const dense_problem *p, const float *q, float *s, part_state *state, const dense_keys *some)
 {
     const attn_tile_kernels *kernels = p->kernels;
-    const dense_keys some = {.b = b, .kv = kv, .first = first, .count = keys};
+    int64_t b = some->b, kv = some->kv, first = some->first, keys = some->count;
     int64_t rows = p->group * p->n, count = attn_ceil_div(keys, kernels->vw) * kernels->vw;
     float alpha[MOST_ROWS];
-    attn_dense_scores_in_place(p, s, STEP, q, rows, &some);
+    attn_dense_scores_in_place(p, s, STEP, q, rows, some);
     for (int64_t r = 0; r < rows; r++) {
         float *row = s + r * STEP;
         int64_t h = kv * p->group + r / p->n, n = r % p->n, begin, end;
@@ -102,7 +101,7 @@ static void attend_step(const dense_problem *p, const float *q, float *s, part_s
             kernels->scale(state->o + r * p->dv_pad, p->dv, alpha[r]);
         }
     }
-    attn_dense_values_in_place(p, state->o, s, STEP, rows, &some);
+    attn_dense_values_in_place(p, state->o, s, STEP, rows, some);
 }
 
 /* Keys of a part: a few parts at least, so that threads finish together although a model has one or three key/value heads. */
@@ -185,10 +184,12 @@ attn_status attn_dense_decode(const dense_problem *p, const attn_tensor *o, cons
             }
             attn_dense_visible(p, b, 0, &low, &unused);
             attn_dense_visible(p, b, p->n - 1, &unused, &high);
+            const int rounded = high - low >= DENSE_ROUNDED_KEYS;
             low = attn_max_i64(low, i % parts * part);
             high = attn_min_i64(high, (i % parts + 1) * part);
             for (int64_t first = low; first < high; first += STEP) {
-                attend_step(p, q, s, state, b, kv, first, attn_min_i64(STEP, high - first));
+                attend_step(p, q, s, state,
+                            &(dense_keys){.b = b, .kv = kv, .first = first, .count = attn_min_i64(STEP, high - first), .rounded = rounded});
             }
         }
         attn_barrier_wait(&barrier, (int)team);

@@ -157,12 +157,13 @@ static void attend(const gather *w, worker *x, const rows *g, int64_t first, int
     }
     for (; first < last; first += STEP) {
         int64_t keys = attn_min_i64(STEP, last - first), count = attn_ceil_div(keys, kernels->vw) * kernels->vw;
-        const dense_keys listed = {.b = g->b, .kv = g->h0 / p->group, .count = keys, .list = w->y->column + first, .entries = last - first};
+        const dense_keys listed = {.b = g->b, .kv = g->h0 / p->group, .count = keys, .list = w->y->column + first, .entries = last - first,
+                                   .rounded = g->last - g->first >= DENSE_ROUNDED_KEYS};
         if (in_place) {
             attn_dense_scores_in_place(p, x->s, STEP, x->q, g->rows, &listed);
         } else {
             load_keys(w, x, g, first, keys, last);
-            p->decode->scores(x->s, STEP, x->q, p->d, g->rows, x->k, ATTN_F32, p->d, keys, p->d);
+            p->decode->scores(x->s, STEP, x->q, p->d, g->rows, x->k, ATTN_F32, 0, p->d, keys, p->d);
         }
         for (int64_t r = 0; r < g->rows; r++) {
             finish_scores(w, x->s + r * STEP, g, r, first, keys, NULL);
@@ -179,7 +180,7 @@ static void attend(const gather *w, worker *x, const rows *g, int64_t first, int
         if (in_place) {
             attn_dense_values_in_place(p, x->o, x->s, STEP, g->rows, &listed);
         } else {
-            p->decode->values(x->o, p->dv_pad, x->s, STEP, g->rows, x->v, ATTN_F32, p->dv, keys, p->dv);
+            p->decode->values(x->o, p->dv_pad, x->s, STEP, g->rows, x->v, ATTN_F32, 0, p->dv, keys, p->dv);
         }
     }
 }
@@ -356,8 +357,8 @@ static void backward_rows(const backward *w, worker *x, const rows *g, float *gr
     for (int64_t first = g->first; first < g->last; first += STEP) {
         int64_t keys = attn_min_i64(STEP, g->last - first);
         load_keys(&w->g, x, g, first, keys, g->last);
-        p->decode->scores(x->s, STEP, x->q, p->d, g->rows, x->k, ATTN_F32, p->d, keys, p->d);
-        p->decode->scores(x->ds, STEP, x->grad_o, p->dv, g->rows, x->v, ATTN_F32, p->dv, keys, p->dv);
+        p->decode->scores(x->s, STEP, x->q, p->d, g->rows, x->k, ATTN_F32, 0, p->d, keys, p->d);
+        p->decode->scores(x->ds, STEP, x->grad_o, p->dv, g->rows, x->v, ATTN_F32, 0, p->dv, keys, p->dv);
         for (int64_t r = 0; r < g->rows; r++) {
             float *s = x->s + r * STEP, *ds = x->ds + r * STEP, *slope = slopes != NULL ? slopes + r * STEP : NULL;
             int64_t row = (g->b * p->heads + g->h0 + r / g->count) * p->n + g->n0 + r % g->count;
@@ -381,7 +382,7 @@ static void backward_rows(const backward *w, worker *x, const rows *g, float *gr
             }
         }
         if (w->to->q != NULL) {
-            p->decode->values(grad_q, w->rows.d_pad, x->ds, STEP, g->rows, x->k, ATTN_F32, p->d, keys, p->d);
+            p->decode->values(grad_q, w->rows.d_pad, x->ds, STEP, g->rows, x->k, ATTN_F32, 0, p->d, keys, p->d);
         }
     }
     for (int64_t r = 0; r < g->rows && w->to->q != NULL; r++) {

@@ -16,7 +16,7 @@ static void add_relative(const stairs_problem *p, const attn_stairs_head *head, 
                          float *s, float *slice)
 {
     int64_t at = head->zero + low - (head->first + r);
-    p->decode->scores(slice, STEP, rel_q, p->d, 1, head->rel_emb + at * head->rel_stride, ATTN_F32, head->rel_stride, count, p->d);
+    p->decode->scores(slice, STEP, rel_q, p->d, 1, head->rel_emb + at * head->rel_stride, ATTN_F32, 0, head->rel_stride, count, p->d);
     p->kernels->axpy(s, slice, count, 1);
     for (int64_t j = 0; j < count && head->rel_bias != NULL; j++) {
         s[j] += p->factor * head->rel_bias[(at + j) * head->rel_bias_stride];
@@ -43,7 +43,7 @@ void attn_stairs_few(const stairs_problem *p, const stairs_group *group, float *
     }
     for (int64_t low = 0; low < group->end; low += STEP) {
         int64_t keys = attn_min_i64(STEP, group->end - low), count = stairs_up(keys, kernels->vw);
-        p->decode->scores(s, STEP, q, p->d, rows, first->k + low * p->d, ATTN_F32, p->d, keys, p->d);
+        p->decode->scores(s, STEP, q, p->d, rows, first->k + low * p->d, ATTN_F32, 0, p->d, keys, p->d);
         for (int64_t i = 0; i < rows; i++) {
             int64_t seen = attn_max_i64(0, attn_min_i64(keys, head[i]->end[row[i]] - low));
             if (p->relative && seen > 0) {
@@ -57,7 +57,7 @@ void attn_stairs_few(const stairs_problem *p, const stairs_group *group, float *
                 kernels->scale(o + i * p->dv_pad, p->dv, alpha[i]);
             }
         }
-        p->decode->values(o, p->dv_pad, s, STEP, rows, first->v + low * p->dv, ATTN_F32, p->dv, keys, p->dv);
+        p->decode->values(o, p->dv_pad, s, STEP, rows, first->v + low * p->dv, ATTN_F32, 0, p->dv, keys, p->dv);
     }
     for (int64_t i = 0; i < rows; i++) {
         attn_stairs_finish_row(p, head[i], row[i], o + i * p->dv_pad, m[i], l[i]);

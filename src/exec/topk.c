@@ -474,7 +474,7 @@ static attn_status run_decode(topk *t, attn_arena *arena, int threads)
         for (int64_t i = 0; i < some * parts; i++) {
             int64_t pair = first + i / parts, begin = i % parts * DECODE_PART;
             p->decode->scores(scores + i / parts * rows * t->ld + begin, t->ld, q + i / parts * rows * p->d, p->d, rows,
-                                      attn_dense_row(k, pair / p->kv_heads, pair % p->kv_heads, begin), k->dtype, k->stride[2],
+                                      attn_dense_row(k, pair / p->kv_heads, pair % p->kv_heads, begin), k->dtype, 0, k->stride[2],
                                       attn_min_i64(DECODE_PART, p->m - begin), p->d);
         }
 #pragma omp for schedule(dynamic, 1)

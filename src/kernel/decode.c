@@ -55,11 +55,11 @@ VINLINE int64_t block_rows(const attn_dtype dtype, int64_t width)
 
 /* ---- Products of vectors ----
  *
- * int8 by whole numbers, where there is VNNI: 64 bytes of keys or values take 16 multiply-adds of f32 and 4 conversions for four
- * query rows, more time than memory needs to bring them. In 16-bit pairs it is 8 and 2. Queries and weights are rounded to 15 bits
- * and sign of their row's largest number; sums are exact: 512 products of 128 and 32767 fit 32 bits. */
+ * int8 by whole numbers, where there are instructions for it: 64 bytes of keys or values take 16 multiply-adds of f32 and 4 conversions for
+ * four query rows (of AVX-512), more time than memory needs to bring them. In 16-bit pairs it is 8 and 2. Queries and weights are rounded to
+ * 15 bits and sign of their row's largest number; sums are exact: 512 products of 128 and 32767 fit 32 bits. */
 
-#if defined(ATTN_ISA_AVX512VNNI)
+#if defined(ATTN_ISA_AVX512) || defined(ATTN_ISA_AVX2)
 #define WHOLE_NUMBERS 1
 #else
 #define WHOLE_NUMBERS 0
@@ -67,16 +67,36 @@ VINLINE int64_t block_rows(const attn_dtype dtype, int64_t width)
 
 #if WHOLE_NUMBERS
 #define MOST_I8 512     /* width of rows: their sums fit */
+#define WHOLE_WIDTH 32  /* rows are multiples of this, on every instruction set alike, and columns of values of twice as many */
 #define SMALLEST 1e-30f /* rows whose largest number is smaller, or not finite, go the common way: 32767 / it must be finite */
 
-/* to[i] = from[i] / unit with unit = largest / 32767, zeros up to a multiple of 32; 0 when that cannot be done. */
+/* Vectors of whole numbers as vf: 16-bit ones in pairs, or 32-bit sums. */
+#if defined(ATTN_ISA_AVX512)
+#define WHOLE(instruction, ...) _mm512_castsi512_ps(_mm512_##instruction(__VA_ARGS__))
+#define BITS(x) _mm512_castps_si512(x)
+VINLINE vf load_i16(const void *i8) { return WHOLE(cvtepi8_epi16, _mm256_loadu_si256(i8)); }
+VINLINE vf to_float(vf x) { return _mm512_cvtepi32_ps(BITS(x)); }
+VINLINE void store_i16(int16_t *to, vf x) { _mm256_storeu_si256((void *)to, _mm512_cvtsepi32_epi16(_mm512_cvtps_epi32(x))); }
+#else
+#define WHOLE(instruction, ...) _mm256_castsi256_ps(_mm256_##instruction(__VA_ARGS__))
+#define BITS(x) _mm256_castps_si256(x)
+VINLINE vf load_i16(const void *i8) { return WHOLE(cvtepi8_epi16, _mm_loadu_si128(i8)); }
+VINLINE vf to_float(vf x) { return _mm256_cvtepi32_ps(BITS(x)); }
+VINLINE void store_i16(int16_t *to, vf x)
+{
+    __m256i whole = _mm256_cvtps_epi32(x);
+    _mm_storeu_si128((void *)to, _mm_packs_epi32(_mm256_castsi256_si128(whole), _mm256_extracti128_si256(whole, 1)));
+}
+#endif
+
+/* to[i] = from[i] / unit with unit = largest / 32767, zeros up to whole vectors of pairs; 0 when that cannot be done. */
 VINLINE float round_16(int16_t *to, const float *from, int64_t count)
 {
     vf top = v_zero();
     int finite = 1;
     for (int64_t c = 0; c < count; c += VW) {
         vf x = v_abs(v_load_n(from + c, count - c < VW ? (int)(count - c) : VW));
-        finite &= _mm512_cmp_ps_mask(x, v_set1(1e30f), _CMP_NLE_UQ) == 0;
+        finite &= v_count(v_le(x, v_set1(1e30f))) == VW;
         top = v_max(top, x);
     }
     float most = v_top(top);
@@ -84,9 +104,9 @@ VINLINE float round_16(int16_t *to, const float *from, int64_t count)
         return 0;
     }
     vf factor = v_set1(most > 0 ? 32767 / most : 0);
-    for (int64_t c = 0; c < (count + 31) / 32 * 32; c += VW) {
-        vf x = c < count ? v_load_n(from + c, count - c < VW ? (int)(count - c) : VW) : v_zero();
-        _mm256_storeu_si256((void *)(to + c), _mm512_cvtsepi32_epi16(_mm512_cvtps_epi32(v_mul(x, factor))));
+    for (int64_t c = 0; c < (count + 2 * VW - 1) / (2 * VW) * (2 * VW); c += VW) {
+        vf x = c >= count ? v_zero() : v_load_n(from + c, count - c < VW ? (int)(count - c) : VW);
+        store_i16(to + c, v_mul(x, factor));
     }
     return most > 0 ? most / 32767 : 1;
 }
@@ -94,14 +114,19 @@ VINLINE float round_16(int16_t *to, const float *from, int64_t count)
 /* One vector of a key or value row; whole: of 16-bit numbers from int8. */
 VINLINE vf load_operand(const int whole, const void *from, const attn_dtype dtype)
 {
-    return whole ? _mm512_castsi512_ps(_mm512_cvtepi8_epi16(_mm256_loadu_si256(from))) : load_as(from, dtype, 0);
+    return whole ? load_i16(from) : load_as(from, dtype, 0);
 }
 
-/* acc += a b; whole: of 16-bit pairs, as 32-bit numbers (of the intrinsic GCC copies the sums around each product). */
+/* acc += a b; whole: of 16-bit pairs, as 32-bit numbers. */
 VINLINE void multiply_add(const int whole, vf *acc, vf a, vf b)
 {
     if (whole) {
+        /* Of the intrinsics GCC copies the sums around each product, and adds in an order of its own that takes more registers. */
+#if defined(ATTN_ISA_AVX512VNNI)
         __asm__("vpdpwssd %2, %1, %0" : "+v"(*acc) : "v"(a), "v"(b));
+#else
+        __asm__("vpaddd %1, %0, %0" : "+v"(*acc) : "v"(WHOLE(madd_epi16, BITS(a), BITS(b))));
+#endif
     } else {
         *acc = v_fma(a, b, *acc);
     }
@@ -122,20 +147,15 @@ VINLINE void multiply_add(const int whole, vf *acc, vf a, vf b)
 
 /* ---- Scores ----
  *
- * Of four keys at a time where registers allow it, so that queries are loaded once for all of them. f32 goes key by key, in the order of
- * memory, with four sums: it is memory that takes the time. */
+ * Of several keys at a time where registers allow it, so that queries are loaded once for all of them and sums do not wait for themselves.
+ * f32 goes key by key, in the order of memory, with four sums: it is memory that takes the time. */
 
 VINLINE int keys_together(const int rows, const attn_dtype dtype)
 {
-    return V_REGISTERS == 32 && dtype != ATTN_F32 ? 4 : 4 / rows;
+    return dtype == ATTN_F32 ? 4 / rows : V_REGISTERS == 32 || rows <= 2 ? 4 : 2;
 }
 
-#if defined(ATTN_ISA_AVX512)
-VINLINE vf add_as(const int whole, vf a, vf b)
-{
-    return whole ? _mm512_castsi512_ps(_mm512_add_epi32(_mm512_castps_si512(a), _mm512_castps_si512(b))) : _mm512_add_ps(a, b);
-}
-
+#if WHOLE_NUMBERS
 VINLINE __m256 add_halves(const int whole, __m256 a, __m256 b)
 {
     return whole ? _mm256_castsi256_ps(_mm256_add_epi32(_mm256_castps_si256(a), _mm256_castps_si256(b))) : _mm256_add_ps(a, b);
@@ -153,6 +173,20 @@ VINLINE void finish_sums(const int whole, __m256 x, float unit, float *to)
     }
 }
 
+VINLINE void sums_of_4_halves(const int whole, const __m256 x[4], float unit, float *to)
+{
+    __m256 ab = add_halves(whole, _mm256_unpacklo_ps(x[0], x[1]), _mm256_unpackhi_ps(x[0], x[1]));
+    __m256 cd = add_halves(whole, _mm256_unpacklo_ps(x[2], x[3]), _mm256_unpackhi_ps(x[2], x[3]));
+    finish_sums(whole, add_halves(whole, _mm256_shuffle_ps(ab, cd, 0x44), _mm256_shuffle_ps(ab, cd, 0xEE)), unit, to);
+}
+#endif
+
+#if defined(ATTN_ISA_AVX512)
+VINLINE vf add_as(const int whole, vf a, vf b)
+{
+    return whole ? _mm512_castsi512_ps(_mm512_add_epi32(_mm512_castps_si512(a), _mm512_castps_si512(b))) : _mm512_add_ps(a, b);
+}
+
 VINLINE void sums_of_4(const int whole, const vf x[4], float unit, float *to)
 {
     vf ab = add_as(whole, _mm512_mask_blend_ps(0xCCCC, x[0], x[1]), _mm512_shuffle_ps(x[0], x[1], 0x4E));
@@ -160,6 +194,8 @@ VINLINE void sums_of_4(const int whole, const vf x[4], float unit, float *to)
     vf abcd = add_as(whole, _mm512_shuffle_ps(ab, cd, 0x88), _mm512_shuffle_ps(ab, cd, 0xDD));
     finish_sums(whole, add_halves(whole, _mm512_castps512_ps256(abcd), _mm512_extractf32x8_ps(abcd, 1)), unit, to);
 }
+#elif defined(ATTN_ISA_AVX2)
+VINLINE void sums_of_4(const int whole, const vf x[4], float unit, float *to) { sums_of_4_halves(whole, x, unit, to); }
 #else
 VINLINE void sums_of_4(const int whole, const vf x[4], float unit, float *to)
 {
@@ -251,8 +287,11 @@ VINLINE void scores_of(const int rows, const int keys, const int whole, float *s
             sums_of_4(whole, acc + 4 * r, whole ? unit[r] : 0, s + r * lds);
         }
     } else {
-        float sums[4];
-        sums_of_4(whole, acc, 1, sums);
+        float sums[16];
+#pragma GCC unroll 4
+        for (int i = 0; i < rows * keys; i += 4) {
+            sums_of_4(whole, acc + i, 1, sums + i);
+        }
 #pragma GCC unroll 4
         for (int r = 0; r < rows; r++) {
 #pragma GCC unroll 4
@@ -271,7 +310,7 @@ VINLINE vf multiply(const int whole, vf a, vf b)
 {
 #if WHOLE_NUMBERS
     if (whole) {
-        return _mm512_castsi512_ps(_mm512_madd_epi16(_mm512_castps_si512(a), _mm512_castps_si512(b)));
+        return WHOLE(madd_epi16, BITS(a), BITS(b));
     }
 #endif
     (void)whole;
@@ -287,10 +326,7 @@ VINLINE void sums_of_4_at(const int whole, const float *from, float unit, float 
     for (int i = 0; i < 4; i++) {
         x[i] = add_halves(whole, _mm256_load_ps(from + i * VW), _mm256_load_ps(from + i * VW + VW / 2));
     }
-    __m256 ab = add_halves(whole, _mm256_unpacklo_ps(x[0], x[1]), _mm256_unpackhi_ps(x[0], x[1]));
-    __m256 cd = add_halves(whole, _mm256_unpacklo_ps(x[2], x[3]), _mm256_unpackhi_ps(x[2], x[3]));
-    __m256 abcd = add_halves(whole, _mm256_shuffle_ps(ab, cd, 0x44), _mm256_shuffle_ps(ab, cd, 0xEE));
-    finish_sums(whole, abcd, unit, to);
+    sums_of_4_halves(whole, x, unit, to);
 #else
     (void)whole, (void)unit;
     for (int i = 0; i < 4; i++) {
@@ -435,7 +471,7 @@ VINLINE int scores_i8(const int rows, float *s, int64_t lds, const float *q, int
 {
     int16_t whole[4][MOST_I8];
     float unit[4];
-    if (d % 32 != 0 || d > MOST_I8) {
+    if (d % WHOLE_WIDTH != 0 || d > MOST_I8) {
         return 0;
     }
     for (int r = 0; r < rows; r++) {
@@ -450,58 +486,73 @@ VINLINE int scores_i8(const int rows, float *s, int64_t lds, const float *q, int
 
 #define KEYS_I8 256 /* weights rounded together; few enough that 32 bits hold their sums */
 
-/* 64 columns from column c on, for keys begin ... end - 1 in pairs. p: [rows][KEYS_I8], zeros beyond the keys. */
+#define VECTORS_I8 (V_REGISTERS / 8) /* of sums, of each of four rows */
+
+/* Unpacking took fours of columns from each 128-bit part in turn: in their order again. */
+VINLINE void pack_again(vf low, vf high, vf *a, vf *b)
+{
+#if defined(ATTN_ISA_AVX512)
+    const __m512i first = _mm512_setr_epi32(0, 1, 2, 3, 16, 17, 18, 19, 4, 5, 6, 7, 20, 21, 22, 23);
+    const __m512i second = _mm512_setr_epi32(8, 9, 10, 11, 24, 25, 26, 27, 12, 13, 14, 15, 28, 29, 30, 31);
+    *a = _mm512_permutex2var_ps(low, first, high);
+    *b = _mm512_permutex2var_ps(low, second, high);
+#else
+    *a = _mm256_permute2f128_ps(low, high, 0x20);
+    *b = _mm256_permute2f128_ps(low, high, 0x31);
+#endif
+}
+
+/* The columns of a tile from column c on, for keys begin ... end - 1 in pairs. p: [rows][KEYS_I8], zeros beyond the keys. */
 VINLINE void values_i8_tile(const int rows, float *o, int64_t ldo, int16_t p[][KEYS_I8], const float *unit, const int listed,
                             const row_source *v, int64_t begin, int64_t end, int64_t c)
 {
-    vf acc[4][4];
+    vf acc[4][VECTORS_I8];
 #pragma GCC unroll 4
     for (int r = 0; r < rows; r++) {
 #pragma GCC unroll 4
-        for (int i = 0; i < 4; i++) {
+        for (int i = 0; i < VECTORS_I8; i++) {
             acc[r][i] = v_zero();
         }
     }
+    const int new_line = c % 64 == 0;
     for (int64_t j = begin; j < end; j += 2) {
         const int64_t second = j + 1 < end ? j + 1 : j;
         const char *one = row_at(listed, v, j) + c, *two = row_at(listed, v, second) + c;
-        vf x[4];
-        fetch(row_ahead(listed, v, j), c);
+        vf x[VECTORS_I8];
+        if (new_line) {
+            fetch(row_ahead(listed, v, j), c);
+        }
 #pragma GCC unroll 2
-        for (int i = 0; i < 2; i++) {
-            __m512i a = _mm512_castps_si512(load_operand(1, one + 32 * i, ATTN_I8));
-            __m512i b = _mm512_castps_si512(load_operand(1, two + 32 * i, ATTN_I8));
-            x[2 * i] = _mm512_castsi512_ps(_mm512_unpacklo_epi16(a, b));
-            x[2 * i + 1] = _mm512_castsi512_ps(_mm512_unpackhi_epi16(a, b));
+        for (int i = 0; i < VECTORS_I8; i += 2) {
+            vf a = load_i16(one + i * VW), b = load_i16(two + i * VW);
+            x[i] = WHOLE(unpacklo_epi16, BITS(a), BITS(b));
+            x[i + 1] = WHOLE(unpackhi_epi16, BITS(a), BITS(b));
         }
 #pragma GCC unroll 4
         for (int r = 0; r < rows; r++) {
             int32_t pair;
             memcpy(&pair, p[r] + j, sizeof pair);
-            vf w = _mm512_castsi512_ps(_mm512_set1_epi32(pair));
+            vf w = WHOLE(set1_epi32, pair);
 #pragma GCC unroll 4
-            for (int i = 0; i < 4; i++) {
+            for (int i = 0; i < VECTORS_I8; i++) {
                 multiply_add(1, &acc[r][i], x[i], w);
             }
-            if (r == rows / 2) {
+            if (r == rows / 2 && new_line) {
                 fetch(row_ahead(listed, v, second), c);
             }
             KEEP_ORDER;
         }
     }
-    /* Unpacking took fours of columns from each 128-bit part in turn. */
-    const __m512i low = _mm512_setr_epi32(0, 1, 2, 3, 16, 17, 18, 19, 4, 5, 6, 7, 20, 21, 22, 23);
-    const __m512i high = _mm512_setr_epi32(8, 9, 10, 11, 24, 25, 26, 27, 12, 13, 14, 15, 28, 29, 30, 31);
 #pragma GCC unroll 4
     for (int r = 0; r < rows; r++) {
         vf by = v_set1(unit[r]);
 #pragma GCC unroll 2
-        for (int i = 0; i < 2; i++) {
-            float *to = o + r * ldo + c + 32 * i;
-            vf a = _mm512_permutex2var_ps(acc[r][2 * i], low, acc[r][2 * i + 1]);
-            vf b = _mm512_permutex2var_ps(acc[r][2 * i], high, acc[r][2 * i + 1]);
-            v_store(to, v_fma(_mm512_cvtepi32_ps(_mm512_castps_si512(a)), by, v_load(to)));
-            v_store(to + VW, v_fma(_mm512_cvtepi32_ps(_mm512_castps_si512(b)), by, v_load(to + VW)));
+        for (int i = 0; i < VECTORS_I8; i += 2) {
+            float *to = o + r * ldo + c + i * VW;
+            vf a, b;
+            pack_again(acc[r][i], acc[r][i + 1], &a, &b);
+            v_store(to, v_fma(to_float(a), by, v_load(to)));
+            v_store(to + VW, v_fma(to_float(b), by, v_load(to + VW)));
         }
     }
 }
@@ -512,7 +563,7 @@ VINLINE int64_t values_i8(const int rows, float *o, int64_t ldo, const float *p,
 {
     int16_t whole[4][KEYS_I8];
     float unit[4] = {0};
-    int64_t columns = dv / 64 * 64;
+    const int64_t columns = dv / (2 * WHOLE_WIDTH) * (2 * WHOLE_WIDTH);
     if (keys > KEYS_I8) {
         return 0;
     }
@@ -525,7 +576,7 @@ VINLINE int64_t values_i8(const int rows, float *o, int64_t ldo, const float *p,
     int64_t block = block_rows(ATTN_I8, dv);
     for (int64_t j = 0; j < keys; j += block) {
         int64_t end = j + block < keys ? j + block : keys;
-        for (int64_t c = 0; c < columns; c += 64) {
+        for (int64_t c = 0; c < columns; c += VECTORS_I8 * VW) {
             values_i8_tile(rows, o, ldo, whole, unit, listed, v, j, end, c);
         }
     }
@@ -534,10 +585,11 @@ VINLINE int64_t values_i8(const int rows, float *o, int64_t ldo, const float *p,
 #endif
 
 VINLINE void scores_either(const int rows, float *s, int64_t lds, const float *q, int64_t ldq, const int listed, const row_source *k,
-                           const attn_dtype dtype, int64_t keys, int64_t d)
+                           const attn_dtype dtype, int rounded, int64_t keys, int64_t d)
 {
+    (void)rounded;
 #if WHOLE_NUMBERS
-    if (dtype == ATTN_I8 && scores_i8(rows, s, lds, q, ldq, listed, k, keys, d)) {
+    if (dtype == ATTN_I8 && rounded && scores_i8(rows, s, lds, q, ldq, listed, k, keys, d)) {
         return;
     }
 #endif
@@ -562,21 +614,21 @@ VINLINE void scores_either(const int rows, float *s, int64_t lds, const float *q
     }
 
 VINLINE void scores_any(float *s, int64_t lds, const float *q, int64_t ldq, int64_t rows, const int listed, const row_source k,
-                        const attn_dtype dtype, int64_t keys, int64_t d)
+                        const attn_dtype dtype, int rounded, int64_t keys, int64_t d)
 {
-    BY_ROWS(rows, scores_either(few, s + done * lds, lds, q + done * ldq, ldq, listed, &k, dtype, keys, d))
+    BY_ROWS(rows, scores_either(few, s + done * lds, lds, q + done * ldq, ldq, listed, &k, dtype, rounded, keys, d))
 }
 
-static void scores(float *s, int64_t lds, const float *q, int64_t ldq, int64_t rows, const void *k, attn_dtype dtype_, int64_t stride,
-                   int64_t keys, int64_t d)
+static void scores(float *s, int64_t lds, const float *q, int64_t ldq, int64_t rows, const void *k, attn_dtype dtype_, int rounded,
+                   int64_t stride, int64_t keys, int64_t d)
 {
-    BY_DTYPE(scores_any(s, lds, q, ldq, rows, 0, source_of(k, dtype, stride, d, 0, NULL, 0), dtype, keys, d))
+    BY_DTYPE(scores_any(s, lds, q, ldq, rows, 0, source_of(k, dtype, stride, d, 0, NULL, 0), dtype, rounded, keys, d))
 }
 
-static void scores_listed(float *s, int64_t lds, const float *q, int64_t ldq, int64_t rows, const void *k, attn_dtype dtype_, int64_t stride,
-                          const int32_t *list, int64_t keys, int64_t entries, int64_t d)
+static void scores_listed(float *s, int64_t lds, const float *q, int64_t ldq, int64_t rows, const void *k, attn_dtype dtype_, int rounded,
+                          int64_t stride, const int32_t *list, int64_t keys, int64_t entries, int64_t d)
 {
-    BY_DTYPE(scores_any(s, lds, q, ldq, rows, 1, source_of(k, dtype, stride, d, 1, list, entries), dtype, keys, d))
+    BY_DTYPE(scores_any(s, lds, q, ldq, rows, 1, source_of(k, dtype, stride, d, 1, list, entries), dtype, rounded, keys, d))
 }
 
 /* ---- Values ---- */
@@ -627,11 +679,12 @@ VINLINE void values_tile(const int rows, const int vectors, float *o, int64_t ld
 }
 
 VINLINE void values_rows(const int rows, float *o, int64_t ldo, const float *p, int64_t ldp, const int listed, const row_source *v,
-                         const attn_dtype dtype, int64_t keys, int64_t dv)
+                         const attn_dtype dtype, int rounded, int64_t keys, int64_t dv)
 {
+    (void)rounded;
     int64_t done = 0, block = block_rows(dtype, dv), c = 0;
 #if WHOLE_NUMBERS
-    if (dtype == ATTN_I8) {
+    if (dtype == ATTN_I8 && rounded) {
         done = values_i8(rows, o, ldo, p, ldp, listed, v, keys, dv);
     }
 #endif
@@ -662,21 +715,21 @@ VINLINE void values_rows(const int rows, float *o, int64_t ldo, const float *p, 
 }
 
 VINLINE void values_any(float *o, int64_t ldo, const float *p, int64_t ldp, int64_t rows, const int listed, const row_source v,
-                        const attn_dtype dtype, int64_t keys, int64_t dv)
+                        const attn_dtype dtype, int rounded, int64_t keys, int64_t dv)
 {
-    BY_ROWS(rows, values_rows(few, o + done * ldo, ldo, p + done * ldp, ldp, listed, &v, dtype, keys, dv))
+    BY_ROWS(rows, values_rows(few, o + done * ldo, ldo, p + done * ldp, ldp, listed, &v, dtype, rounded, keys, dv))
 }
 
-static void values(float *o, int64_t ldo, const float *p, int64_t ldp, int64_t rows, const void *v, attn_dtype dtype_, int64_t stride,
-                   int64_t keys, int64_t dv)
+static void values(float *o, int64_t ldo, const float *p, int64_t ldp, int64_t rows, const void *v, attn_dtype dtype_, int rounded,
+                   int64_t stride, int64_t keys, int64_t dv)
 {
-    BY_DTYPE(values_any(o, ldo, p, ldp, rows, 0, source_of(v, dtype, stride, dv, 0, NULL, 0), dtype, keys, dv))
+    BY_DTYPE(values_any(o, ldo, p, ldp, rows, 0, source_of(v, dtype, stride, dv, 0, NULL, 0), dtype, rounded, keys, dv))
 }
 
-static void values_listed(float *o, int64_t ldo, const float *p, int64_t ldp, int64_t rows, const void *v, attn_dtype dtype_, int64_t stride,
-                          const int32_t *list, int64_t keys, int64_t entries, int64_t dv)
+static void values_listed(float *o, int64_t ldo, const float *p, int64_t ldp, int64_t rows, const void *v, attn_dtype dtype_, int rounded,
+                          int64_t stride, const int32_t *list, int64_t keys, int64_t entries, int64_t dv)
 {
-    BY_DTYPE(values_any(o, ldo, p, ldp, rows, 1, source_of(v, dtype, stride, dv, 1, list, entries), dtype, keys, dv))
+    BY_DTYPE(values_any(o, ldo, p, ldp, rows, 1, source_of(v, dtype, stride, dv, 1, list, entries), dtype, rounded, keys, dv))
 }
 
 static void scale_keys(float *s, int64_t lds, int64_t rows, const float *by, int64_t stride, const int32_t *list, int64_t keys)

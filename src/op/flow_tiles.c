@@ -140,7 +140,7 @@ static int64_t map_rows(const work *w, side *s, int64_t first, int again)
 static void gather(const work *w, side *s, int64_t count, int low, int high)
 {
     memset(s->recent, 0, (size_t)(SUMS * w->dp) * sizeof(float));
-    w->decode->values(s->recent, w->dp, s->weights + low * TILE, TILE, high - low, s->rows, ATTN_F32, w->dp, count, w->dp);
+    w->decode->values(s->recent, w->dp, s->weights + low * TILE, TILE, high - low, s->rows, ATTN_F32, 0, w->dp, count, w->dp);
     for (int i = low; i < high; i++) {
         for (int64_t c = 0; c < w->f->d; c++) {
             s->sum[i][c] += (double)s->recent[(i - low) * w->dp + c];
@@ -151,7 +151,7 @@ static void gather(const work *w, side *s, int64_t count, int low, int high)
 /* dots: the tile's rows times base low ... high - 1. */
 static void project(const work *w, side *s, const float *base, int64_t count, int bases)
 {
-    w->decode->scores(s->dots, TILE, base, w->dp, bases, s->rows, ATTN_F32, w->dp, count, w->dp);
+    w->decode->scores(s->dots, TILE, base, w->dp, bases, s->rows, ATTN_F32, 0, w->dp, count, w->dp);
 }
 
 /* rows of values times weights: what the state and the output of a tile read. */
@@ -341,9 +341,9 @@ static void triangles(work *w, int64_t count)
 static void sum_triangles(work *w, int64_t count, int which)
 {
     float *columns = w->k.inside + which * TILE;
-    w->decode->scores(w->q.inside + which * TILE, TILE, w->k.weights + which * TILE, TILE, 1, w->lower, ATTN_F32, TILE, count, TILE);
+    w->decode->scores(w->q.inside + which * TILE, TILE, w->k.weights + which * TILE, TILE, 1, w->lower, ATTN_F32, 0, TILE, count, TILE);
     memset(columns, 0, TILE * sizeof(float));
-    w->decode->values(columns, TILE, w->q.weights + which * TILE, TILE, 1, w->upper, ATTN_F32, TILE, count, TILE);
+    w->decode->values(columns, TILE, w->q.weights + which * TILE, TILE, 1, w->upper, ATTN_F32, 0, TILE, count, TILE);
 }
 
 /* A row's flow through the other side's sum up to its own place; ones: eps times the sum of the other side's rows inside the tile. */
