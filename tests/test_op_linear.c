@@ -328,7 +328,7 @@ static void no_heads(void **unused)
 {
     (void)unused;
     const char *specs[] = {"based.decode", "lightning", "based", "based.window:window=2", "flow", "flow:causal=true",
-                           "agent:grid=[2,3],agent_grid=[1,2],shortcut=0.5", "dsf.attention", "disendiff.attention"};
+                           "agent:grid=[2,3],agent_grid=[1,2],shortcut=0.5", "dsf.attention", "disendiff.attention", "streaming"};
     for (size_t i = 0; i < 2 * sizeof specs / sizeof *specs; i++) { /* without key heads, and with some that nobody reads */
         opcheck_case c = {.spec = specs[i / 2], .seed = 1};
         for (int j = 0; j < 3; j++) {

@@ -40,7 +40,7 @@ typedef struct rows {
 
 static gather gather_of(const dense_problem *p, const attn_plan_layout *y)
 {
-    gather w = {.p = p, .y = y, .stack = y->shape.heads == p->heads ? 1 : p->group};
+    gather w = {.p = p, .y = y, .stack = y->shape.heads == p->heads ? 1 : attn_max_i64(1, p->group)};
     /* A group larger than a task's rows is taken head by head. */
     w.stack = w.stack > MOST_ROWS ? 1 : w.stack;
     w.units = p->batch * (p->heads / w.stack);
