@@ -299,7 +299,7 @@ static void check_decode_types(const attn_decode_kernels *k, const attn_decode_k
     const attn_dtype types[] = {ATTN_F32, ATTN_F16, ATTN_BF16, ATTN_I8};
     for (int t = 0; t < 4; t++) {
         /* Whole tiles in every second case: they have a path of their own. */
-        int64_t rows = draw(1, big ? 4 : 9), keys = big ? 128 : draw(1, 300), d = big ? 128 : draw(0, 1) ? 32 * draw(1, 16) : draw(1, 100);
+        int64_t rows = draw(1, big ? 4 : 9), keys = big ? 128 : draw(1, 300), d = big ? 128 : draw(0, 1) ? 32 * draw(1, 16) : draw(0, 100);
         int64_t stride = d + draw(0, 9), lds = keys + 20;
         /* Rounded queries and weights, where there are instructions for them. */
         const int rounded = big || draw(0, 1);

@@ -26,7 +26,7 @@ typedef struct row_source {
 VINLINE row_source source_of(const void *rows, const attn_dtype dtype, int64_t stride, int64_t width, const int listed,
                              const int32_t *list, int64_t entries)
 {
-    int64_t size = size_of(dtype), ahead = (listed ? BYTES_AHEAD_LISTED : BYTES_AHEAD) / (width * size) + 1;
+    int64_t size = size_of(dtype), ahead = (listed ? BYTES_AHEAD_LISTED : BYTES_AHEAD) / (width > 0 ? width * size : 1) + 1;
     return (row_source){rows, stride * size, listed ? list : NULL, entries - 1, ahead};
 }
 
@@ -49,7 +49,7 @@ VINLINE void fetch(const char *row, int64_t at) { __builtin_prefetch((const void
 /* An even number of rows of values that fill a quarter of L1; of narrow ones, which arithmetic delays more than memory, half of it. */
 VINLINE int64_t block_rows(const attn_dtype dtype, int64_t width)
 {
-    int64_t bytes = dtype == ATTN_F32 ? BLOCK_BYTES : 2 * BLOCK_BYTES, rows = bytes / (width * size_of(dtype)) / 2 * 2;
+    int64_t bytes = dtype == ATTN_F32 ? BLOCK_BYTES : 2 * BLOCK_BYTES, rows = bytes / (width > 0 ? width * size_of(dtype) : 1) / 2 * 2;
     return rows > 8 ? rows : 8;
 }
 
@@ -393,7 +393,7 @@ VINLINE int64_t scores_by_4(const int whole, float *s, int64_t lds, const char *
     float nowhere[16], *to = nowhere;
     int64_t ldt = 4, j = 0;
     vf acc[16];
-    if (d * size_of(dtype) % 64 != 0 || lines * line_bytes > 4 * MOST_PACKED || keys < 4) {
+    if (lines == 0 || d * size_of(dtype) % 64 != 0 || lines * line_bytes > 4 * MOST_PACKED || keys < 4) {
         return 0;
     }
     for (int64_t l = 0; l < lines * vectors; l++) {
