@@ -58,9 +58,10 @@ static attn_status rcmha_bind(attn_call *call)
     if (rows % p->heads != 0 || d < 1) {
         return attn_fail(ATTN_ERR_SHAPE, "heads = %lld does not divide the %lld rows of w_q", (long long)p->heads, (long long)rows);
     }
-    if ((attn_dim(call, "H") >= 0 && attn_dim(call, "H") != p->heads) || (attn_dim(call, "D") >= 0 && attn_dim(call, "D") != d)) {
-        return attn_fail(ATTN_ERR_SHAPE, "convolutions, rel_emb and q_bias must be for H = %lld heads of D = %lld", (long long)p->heads,
-                         (long long)d);
+    int64_t table_heads = attn_dim(call, "H") < 0 ? p->heads : attn_dim(call, "H"), table_d = attn_dim(call, "D") < 0 ? d : attn_dim(call, "D");
+    if (table_heads != p->heads || table_d != d) {
+        return attn_fail(ATTN_ERR_SHAPE, "convolutions, rel_emb and q_bias are for H = %lld heads of D = %lld, expected %lld of %lld",
+                         (long long)table_heads, (long long)table_d, (long long)p->heads, (long long)d);
     }
     for (int s = 0; s < 3; s++) {
         convs += call->t[CONV_W + s] != NULL;
@@ -79,7 +80,10 @@ static attn_status rcmha_bind(attn_call *call)
     if (p->decode && (!p->causal || call->t[MEM] != NULL)) {
         return attn_fail(ATTN_ERR_ARGUMENT, "decode = true needs causal = true and no mem");
     }
-    return attn_rcmha_check_table(call->t[REL_EMB], call->t[REL_BIAS], n, n + memory);
+    if (call->t[REL_BIAS] != NULL && call->t[REL_EMB] == NULL) {
+        return attn_fail(ATTN_ERR_ARGUMENT, "rel_bias needs rel_emb");
+    }
+    return attn_rcmha_check_table(call->t[REL_EMB], rcmha_ports[REL_EMB].name, n, n + memory);
 }
 
 /* Queries, keys or values: the tokens from `first` of (mem, x), projected and convolved. */

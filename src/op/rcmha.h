@@ -18,8 +18,8 @@ typedef struct rcmha_core {
     attn_stairs stairs;
 } rcmha_core;
 
-/* emb and bias may be NULL; n queries, m keys. */
-attn_status attn_rcmha_check_table(const attn_tensor *emb, const attn_tensor *bias, int64_t n, int64_t m);
+/* The rows of rel_emb or rel_bias (NULL is fine) for n queries and m keys. */
+attn_status attn_rcmha_check_table(const attn_tensor *table, const char *name, int64_t n, int64_t m);
 attn_status attn_rcmha_core_forward(attn_call *call, rcmha_core *core);
 
 typedef struct rcmha_core_gradients {

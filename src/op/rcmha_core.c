@@ -2,6 +2,8 @@
  * only the rows that a tile's distances reach, read askew. */
 #include "op/rcmha.h"
 
+#include <string.h>
+
 attn_status attn_rcmha_core_forward(attn_call *call, rcmha_core *x)
 {
     int64_t all = x->batch * x->heads, group = x->heads / x->kv_heads;
@@ -74,17 +76,17 @@ attn_status attn_rcmha_core_backward(attn_call *call, const rcmha_core *x, const
     return ATTN_OK;
 }
 
-attn_status attn_rcmha_check_table(const attn_tensor *emb, const attn_tensor *bias, int64_t n, int64_t m)
+attn_status attn_rcmha_check_table(const attn_tensor *table, const char *name, int64_t n, int64_t m)
 {
-    if (emb == NULL) {
-        return bias == NULL ? ATTN_OK : attn_fail(ATTN_ERR_ARGUMENT, "rel_bias needs rel_emb");
+    if (table == NULL) {
+        return ATTN_OK;
     }
-    if (emb->shape[0] % 2 != 0) {
-        return attn_fail(ATTN_ERR_SHAPE, "rel_emb has %lld rows, expected an even number 2P", (long long)emb->shape[0]);
+    if (table->shape[0] % 2 != 0) {
+        return attn_fail(ATTN_ERR_SHAPE, "%s has %lld rows, expected an even number 2P", name, (long long)table->shape[0]);
     }
-    if (m > emb->shape[0] / 2 || n > emb->shape[0] / 2) {
-        return attn_fail(ATTN_ERR_SHAPE, "N = %lld and M = %lld, expected at most P = %lld, half the rows of rel_emb", (long long)n,
-                         (long long)m, (long long)(emb->shape[0] / 2));
+    if (m > table->shape[0] / 2 || n > table->shape[0] / 2) {
+        return attn_fail(ATTN_ERR_SHAPE, "N = %lld and M = %lld, expected at most P = %lld, half the rows of %s", (long long)n,
+                         (long long)m, (long long)(table->shape[0] / 2), name);
     }
     return ATTN_OK;
 }
@@ -126,7 +128,8 @@ static const attn_port_info core_ports[] = {
 
 static attn_status core_bind(attn_call *call)
 {
-    return attn_rcmha_check_table(call->t[C_REL_EMB], call->t[C_REL_BIAS], attn_dim(call, "N"), attn_dim(call, "M"));
+    int port = call->t[C_REL_EMB] != NULL ? C_REL_EMB : C_REL_BIAS;
+    return attn_rcmha_check_table(call->t[port], core_ports[port].name, attn_dim(call, "N"), attn_dim(call, "M"));
 }
 
 static attn_status core_setup(attn_call *call, rcmha_core *x)
@@ -140,6 +143,13 @@ static attn_status core_setup(attn_call *call, rcmha_core *x)
     x->q_stride = x->n;
     x->k_stride = x->m;
     x->scale = attn_default_scale(p->scale, x->d);
+    if (x->rel_bias != NULL && x->rel_emb == NULL) { /* stairs have no scalars without embeddings */
+        int64_t size = x->table * x->heads * x->d;
+        float *none;
+        ATTN_TRY(attn_take_f32(call, size, &none));
+        memset(none, 0, (size_t)size * sizeof *none);
+        x->rel_emb = none;
+    }
     return attn_take_f32(call, x->batch * x->heads * x->n, &x->lse);
 }
 
