@@ -358,6 +358,18 @@ static void davit_errors(void **unused)
     half.in_count--; /* without b_fc2 */
     free(half.in[half.in_count].tensor.data);
     opcheck_fails(&half, ATTN_ERR_ARGUMENT, "5 of the feed-forward part's six inputs");
+    opcheck_case dual = {.spec = "davit.block:heads=2,grid=[2,2]"};
+    opcheck_input(&dual, "x", SHAPE(1, 4, 6));
+    davit_weights(&dual, "s_");
+    davit_weights(&dual, "c_");
+    free(dual.in[--dual.in_count].tensor.data);
+    opcheck_fails(&dual, ATTN_ERR_ARGUMENT, "all or none: c_ln2_w");
+    opcheck_case empty = {.spec = "davit.channel_layer:heads=2"};
+    opcheck_input(&empty, "x", SHAPE(1, 0, 6));
+    opcheck_input(&empty, "w_qkv", SHAPE(18, 6));
+    opcheck_input(&empty, "w_proj", SHAPE(6, 6));
+    opcheck_input(&empty, "b_proj", SHAPE(6));
+    opcheck_fails(&empty, ATTN_ERR_SHAPE, "N = 0 tokens");
 }
 
 static void neighborhood(void **unused)

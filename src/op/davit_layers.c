@@ -184,7 +184,11 @@ static attn_status mixer_setup(const attn_call *call, int kind, int qkv, int b_q
                  .w_qkv = attn_f32(call->t[qkv]), .b_qkv = attn_f32(call->t[b_qkv]), .w_proj = attn_f32(call->t[proj]),
                  .b_proj = attn_f32(call->t[b_proj])};
     m->rows = m->batch * m->n;
-    if (m->c % p->heads != 0 || m->c < 1 || m->n < 1) {
+    if (m->c < 1 || m->n < 1) {
+        return attn_fail(ATTN_ERR_SHAPE, "x holds N = %lld tokens of C = %lld channels, expected at least 1 each", (long long)m->n,
+                         (long long)m->c);
+    }
+    if (m->c % p->heads != 0) {
         return attn_fail(ATTN_ERR_ARGUMENT, "heads = %lld does not divide C = %lld", (long long)p->heads, (long long)m->c);
     }
     return p->grid.count > 0 ? attn_davit_check_grid(&p->grid, m->n) : ATTN_OK;
@@ -304,8 +308,8 @@ enum { CPE1_W, CPE1_B, LN1_W, LN1_B, QKV, B_QKV, PROJ, B_PROJ, CPE2_W, CPE2_B, L
 typedef struct block {
     mixer mixer;
     attn_tensor *const *t, *const *grad; /* from the block's first port on */
-    int64_t height, width, hidden;       /* hidden 0: no feed-forward part */
-    int cpe_act;
+    int64_t height, width, hidden;
+    int cpe_act, feed_forward; /* feed_forward: whether there is that part */
 } block;
 
 static attn_status block_setup(const attn_call *call, int kind, int first, const char *hidden, block *b)
@@ -318,10 +322,12 @@ static attn_status block_setup(const attn_call *call, int kind, int first, const
         given += b->t[i] != NULL;
     }
     if (given != 0 && given != 6) {
-        return attn_fail(ATTN_ERR_ARGUMENT, "%d of the feed-forward part's six inputs are given, expected all or none: ln2_w, ln2_b, w_fc1, "
-                                            "b_fc1, w_fc2, b_fc2", given);
+        const attn_port_info *port = call->cls->info.ports + first + LN2_W;
+        return attn_fail(ATTN_ERR_ARGUMENT, "%d of the feed-forward part's six inputs are given, expected all or none: %s, %s, %s, %s, %s, %s",
+                         given, port[0].name, port[1].name, port[2].name, port[3].name, port[4].name, port[5].name);
     }
-    b->hidden = given > 0 ? attn_dim(call, hidden) : 0;
+    b->feed_forward = given > 0;
+    b->hidden = b->feed_forward ? attn_dim(call, hidden) : 0;
     return mixer_setup(call, kind, first + QKV, first + B_QKV, first + PROJ, first + B_PROJ, &b->mixer);
 }
 
@@ -381,7 +387,7 @@ static attn_status block_inner(attn_call *call, const block *b, const float *x, 
     ATTN_TRY(mixer_forward(call, &b->mixer, w->n1, w->x2));
     attn_add_f32(call->threads, count, w->x2, w->x1);
     positions(b, call->threads, w->x2, CPE2_W, w->conv2, w->x3);
-    if (b->hidden > 0) {
+    if (b->feed_forward) {
         norm(b, call->threads, LN2_W, w->x3, w->n3);
     }
     return ATTN_OK;
@@ -392,7 +398,7 @@ static attn_status block_forward(attn_call *call, const block *b, const float *x
     block_work w;
     int64_t count = b->mixer.rows * b->mixer.c;
     ATTN_TRY(block_inner(call, b, x, &w));
-    if (b->hidden > 0) {
+    if (b->feed_forward) {
         attn_ffn ffn = ffn_of(b);
         ATTN_TRY(attn_ffn_forward(&ffn, call->arena, call->threads, b->mixer.rows, w.n3, o));
         attn_add_f32(call->threads, count, o, w.x3);
@@ -411,7 +417,7 @@ static attn_status block_backward(attn_call *call, const block *b, const float *
     ATTN_TRY(block_inner(call, b, x, &w));
     ATTN_TRY(attn_take_f32(call, count, &spare));
     ATTN_TRY(attn_take_f32(call, count, &more));
-    if (b->hidden > 0) {
+    if (b->feed_forward) {
         attn_ffn ffn = ffn_of(b);
         ATTN_TRY(attn_ffn_backward(&ffn, call->arena, call->threads, rows, w.n3, grad, spare, attn_f32(b->grad[FC1]), attn_f32(b->grad[B_FC1]),
                                    attn_f32(b->grad[FC2]), attn_f32(b->grad[B_FC2])));
@@ -478,11 +484,11 @@ static attn_status single_cost(attn_call *call, int kind, attn_cost *cost)
     return ATTN_OK;
 }
 
-static attn_status spatial_bind(attn_call *call) { return block_setup(call, SPATIAL, BLOCK_FIRST, "F", &(block){.hidden = 0}); }
+static attn_status spatial_bind(attn_call *call) { return block_setup(call, SPATIAL, BLOCK_FIRST, "F", &(block){.cpe_act = 0}); }
 static attn_status spatial_forward(attn_call *call) { return single_forward(call, SPATIAL); }
 static attn_status spatial_backward(attn_call *call) { return single_backward(call, SPATIAL); }
 static attn_status spatial_cost(attn_call *call, attn_cost *cost) { return single_cost(call, SPATIAL, cost); }
-static attn_status channel_bind(attn_call *call) { return block_setup(call, CHANNEL, BLOCK_FIRST, "F", &(block){.hidden = 0}); }
+static attn_status channel_bind(attn_call *call) { return block_setup(call, CHANNEL, BLOCK_FIRST, "F", &(block){.cpe_act = 0}); }
 static attn_status channel_forward(attn_call *call) { return single_forward(call, CHANNEL); }
 static attn_status channel_backward(attn_call *call) { return single_backward(call, CHANNEL); }
 static attn_status channel_cost(attn_call *call, attn_cost *cost) { return single_cost(call, CHANNEL, cost); }
