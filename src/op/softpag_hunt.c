@@ -236,13 +236,13 @@ static attn_status hunt_forward(attn_call *call)
         gain[i] = 0;
         selected[i] = taken[i] = 0;
         for (int64_t j = 0; j < m; j++) {
-            gain[i] += (double)attn_f32(call->t[HUNT_GAIN])[j * all + i] / (double)m;
+            gain[i] += (double)attn_f32(call->t[HUNT_GAIN])[j * all + i];
         }
     }
-    double objective = 0;
+    double objective = 0; /* sums over the prompt-seed pairs: means would round, and equal heads would differ */
     for (int64_t round = 0; round < p->rounds; round++) {
         for (int64_t i = 0; i < all; i++) { /* what head i would add to the set as it was before this round */
-            value[i] = gain[i] + pair_terms(pair, all, selected, i);
+            value[i] = gain[i] + (double)m * pair_terms(pair, all, selected, i);
         }
         int64_t *heads = attn_i64(call->t[HUNT_HEADS]) + round * p->top_k * 2;
         for (int64_t r = 0; r < p->top_k; r++) {
@@ -252,10 +252,10 @@ static attn_status hunt_forward(attn_call *call)
             if (best < 0) {
                 continue;
             }
-            objective += gain[best] + pair_terms(pair, all, selected, best);
+            objective += gain[best] + (double)m * pair_terms(pair, all, selected, best);
             taken[best] = selected[best] = 1;
         }
-        attn_f32(call->t[HUNT_VALUE])[round] = (float)objective;
+        attn_f32(call->t[HUNT_VALUE])[round] = (float)(objective / (double)m);
     }
     return ATTN_OK;
 }
