@@ -55,6 +55,13 @@ static void test_moh(void **state)
     opcheck_case g = {.spec = "moh:shared_heads=1,top_k=3,causal=true,decode=true", .seed = 7, .step = 1e-3};
     moh_inputs(&g, 6, 2, 30, 11, 1, 3, 0); /* many queries see no key */
     opcheck_run(&g, 3e-2);
+    opcheck_case none = {.spec = "moh:shared_heads=2,top_k=0", .seed = 8}; /* heads without channels, whose scores are 0 */
+    opcheck_input(&none, "x", SHAPE(1, 3, 4));
+    opcheck_input(&none, "q", SHAPE(1, 2, 3, 0));
+    opcheck_input(&none, "k", SHAPE(1, 2, 6, 0));
+    opcheck_input(&none, "v", SHAPE(1, 2, 6, 5));
+    opcheck_input(&none, "wg_1", SHAPE(2, 4));
+    opcheck_run(&none, 3e-2);
 }
 
 /* The scores of two routed heads are constant: their gradient is 0, whatever the norms are. */
@@ -140,6 +147,9 @@ static void test_bam(void **state)
     opcheck_case g = {.spec = "bam.moa:heads=2,kv_heads=2", .seed = 5};
     moa_inputs(&g, 3, 2, 2, 2, 4);
     opcheck_fails(&g, ATTN_ERR_SHAPE, "w_k");
+    opcheck_case none = {.spec = "bam.moa:heads=2,kv_heads=2", .seed = 5};
+    moa_inputs(&none, 0, 1, 2, 2, 4);
+    opcheck_fails(&none, ATTN_ERR_SHAPE, "E = 0 experts");
     static const char *const specs[] = {"bam:heads=2,kv_heads=2,attn_top_k=4", "bam:heads=2,kv_heads=2,ffn_top_k=4"};
     static const char *const words[] = {"attn_top_k = 4", "ffn_top_k = 4"};
     for (int i = 0; i < 2; i++) {
@@ -218,6 +228,26 @@ static void test_rcmha(void **state)
     opcheck_input(&g, "v", SHAPE(1, 2, 9, 3));
     opcheck_input(&g, "rel_emb", SHAPE(16, 2, 3));
     opcheck_fails(&g, ATTN_ERR_SHAPE, "P = 8");
+    opcheck_case alone = {.spec = "rcmha.core", .seed = 9, .step = 3e-3};
+    opcheck_input(&alone, "q", SHAPE(1, 4, 20, 3));
+    opcheck_input(&alone, "k", SHAPE(1, 2, 24, 3));
+    opcheck_input(&alone, "v", SHAPE(1, 2, 24, 2));
+    opcheck_input(&alone, "rel_bias", SHAPE(50, 4));
+    opcheck_run(&alone, 3e-2);
+    opcheck_case odd = {.spec = "rcmha.core", .seed = 10};
+    opcheck_input(&odd, "q", SHAPE(1, 2, 3, 3));
+    opcheck_input(&odd, "k", SHAPE(1, 2, 3, 3));
+    opcheck_input(&odd, "v", SHAPE(1, 2, 3, 3));
+    opcheck_input(&odd, "rel_bias", SHAPE(7, 2));
+    opcheck_fails(&odd, ATTN_ERR_SHAPE, "rel_bias has 7 rows");
+    opcheck_case layer = {.spec = "rcmha:heads=2", .seed = 11};
+    opcheck_input(&layer, "x", SHAPE(1, 4, 5));
+    opcheck_input(&layer, "w_q", SHAPE(8, 5));
+    opcheck_input(&layer, "w_k", SHAPE(8, 5));
+    opcheck_input(&layer, "w_v", SHAPE(8, 5));
+    opcheck_input(&layer, "rel_bias", SHAPE(8, 2));
+    opcheck_input(&layer, "w_o", SHAPE(3, 8));
+    opcheck_fails(&layer, ATTN_ERR_ARGUMENT, "rel_bias needs rel_emb");
     opcheck_case h = {.spec = "rcmha:heads=2,decode=true,causal=false", .seed = 8};
     rcmha_inputs(&h, 4, 0, 2, 0);
     opcheck_fails(&h, ATTN_ERR_ARGUMENT, "causal");

@@ -338,8 +338,9 @@ attn_status attn_bam_moa_setup(const attn_call *call, const bam_moa_params *p, c
         return attn_fail(ATTN_ERR_SHAPE, "w_o has %lld columns per expert, expected heads * Dv = %lld",
                          (long long)t[first + 4]->shape[2], (long long)(p->heads * m->dv));
     }
-    if (m->d < 1 || m->dv < 1) {
-        return attn_fail(ATTN_ERR_SHAPE, "heads of size D = %lld and Dv = %lld, expected at least 1", (long long)m->d, (long long)m->dv);
+    if (m->experts < 1 || m->d < 1 || m->dv < 1) {
+        return attn_fail(ATTN_ERR_SHAPE, "E = %lld experts with heads of D = %lld and Dv = %lld, expected at least 1 each",
+                         (long long)m->experts, (long long)m->d, (long long)m->dv);
     }
     if (p->rope_theta > 0 && m->d % 2 != 0) {
         return attn_fail(ATTN_ERR_SHAPE, "rope_theta = %g needs an even head size, D = %lld", p->rope_theta, (long long)m->d);
