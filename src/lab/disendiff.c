@@ -42,13 +42,16 @@ static int in_ellipse(int place, double y, double x, double high, double wide)
 static picture make_picture(lab *l)
 {
     /* Rows of `base`: background, animal, cat, dog. */
-    attn_tensor base = lab_normal(l, 1, LAB_SHAPE(4, FEATURES));
-    picture p = {.look = lab_zeros(l, ATTN_F32, LAB_SHAPE(3, FEATURES)), .target = lab_normal(l, 1, LAB_SHAPE(3, WIDTH)),
-                 .words = lab_normal(l, 0.3, LAB_SHAPE(WORDS, FEATURES)), .w_q = lab_normal(l, 1 / sqrt(FEATURES), LAB_SHAPE(WEIGHTS)),
-                 .learned = lab_normal(l, 1 / sqrt(FEATURES), LAB_SHAPE(LEARNED)),
-                 .q = lab_zeros(l, ATTN_F32, LAB_SHAPE(LAYERS, 1, HEADS, PLACES, WIDTH)),
-                 .k = lab_zeros(l, ATTN_F32, LAB_SHAPE(LAYERS, 1, HEADS, WORDS, WIDTH)),
-                 .v = lab_zeros(l, ATTN_F32, LAB_SHAPE(LAYERS, 1, HEADS, WORDS, WIDTH)), .modifier = lab_zeros(l, ATTN_I64, LAB_SHAPE(1, 2))};
+    attn_tensor base = attn_lab_normal(l, 1, LAB_SHAPE(4, FEATURES));
+    picture p = {.look = attn_lab_zeros(l, ATTN_F32, LAB_SHAPE(3, FEATURES)),
+                 .target = attn_lab_normal(l, 1, LAB_SHAPE(3, WIDTH)),
+                 .words = attn_lab_normal(l, 0.3, LAB_SHAPE(WORDS, FEATURES)),
+                 .w_q = attn_lab_normal(l, 1 / sqrt(FEATURES), LAB_SHAPE(WEIGHTS)),
+                 .learned = attn_lab_normal(l, 1 / sqrt(FEATURES), LAB_SHAPE(LEARNED)),
+                 .q = attn_lab_zeros(l, ATTN_F32, LAB_SHAPE(LAYERS, 1, HEADS, PLACES, WIDTH)),
+                 .k = attn_lab_zeros(l, ATTN_F32, LAB_SHAPE(LAYERS, 1, HEADS, WORDS, WIDTH)),
+                 .v = attn_lab_zeros(l, ATTN_F32, LAB_SHAPE(LAYERS, 1, HEADS, WORDS, WIDTH)),
+                 .modifier = attn_lab_zeros(l, ATTN_I64, LAB_SHAPE(1, 2))};
     if (l->status != ATTN_OK) {
         return p;
     }
@@ -131,9 +134,12 @@ static void learn(lab *l, const char *spec, uint64_t seed, double weight, double
     enum { STEPS = 250 };
     attn_random_seed(&l->random, seed);
     picture p = make_picture(l);
-    attn_tensor x = lab_zeros(l, ATTN_F32, LAB_SHAPE(PLACES, FEATURES)), o = lab_zeros(l, ATTN_F32, LAB_SHAPE(LAYERS, 1, HEADS, PLACES, WIDTH));
-    attn_tensor grad_o = lab_zeros(l, ATTN_F32, LAB_SHAPE(LAYERS, 1, HEADS, PLACES, WIDTH)), grads = lab_zeros(l, ATTN_F32, LAB_SHAPE(LEARNED));
-    attn_tensor grad_k = lab_zeros(l, ATTN_F32, LAB_SHAPE(LAYERS, 1, HEADS, WORDS, WIDTH)), grad_v = lab_zeros(l, ATTN_F32, 5, grad_k.shape);
+    attn_tensor x = attn_lab_zeros(l, ATTN_F32, LAB_SHAPE(PLACES, FEATURES)),
+                o = attn_lab_zeros(l, ATTN_F32, LAB_SHAPE(LAYERS, 1, HEADS, PLACES, WIDTH));
+    attn_tensor grad_o = attn_lab_zeros(l, ATTN_F32, LAB_SHAPE(LAYERS, 1, HEADS, PLACES, WIDTH)),
+                grads = attn_lab_zeros(l, ATTN_F32, LAB_SHAPE(LEARNED));
+    attn_tensor grad_k = attn_lab_zeros(l, ATTN_F32, LAB_SHAPE(LAYERS, 1, HEADS, WORDS, WIDTH)),
+                grad_v = attn_lab_zeros(l, ATTN_F32, 5, grad_k.shape);
     double *moments = attn_arena_alloc(l->arena, 2 * LEARNED * sizeof *moments);
     float scalars[3], grad_loss = (float)weight, *w = lab_f32(&p.learned), *words = lab_f32(&p.words);
     attn_tensor loss[3];
@@ -142,9 +148,9 @@ static void learn(lab *l, const char *spec, uint64_t seed, double weight, double
     for (int i = 0; i < 3; i++) {
         loss[i] = attn_tensor_make(&scalars[i], ATTN_F32, 1, (int64_t[]){1});
     }
-    lab_check(l, moments != NULL ? ATTN_OK : attn_fail_memory(2 * LEARNED * sizeof *moments));
-    lab_check(l, attn_op_create(&op, spec));
-    lab_check(l, attn_arena_create(&scratch, 0));
+    attn_lab_check(l, moments != NULL ? ATTN_OK : attn_fail_memory(2 * LEARNED * sizeof *moments));
+    attn_lab_check(l, attn_op_create(&op, spec));
+    attn_lab_check(l, attn_arena_create(&scratch, 0));
     for (int step = 1; step <= STEPS && l->status == ATTN_OK; step++) {
         attn_exec exec = {.threads = l->settings->threads, .arena = scratch};
         attn_named_tensor in[] = {{"q", p.q}, {"k", p.k}, {"v", p.v}, {"modifier", p.modifier}};
@@ -161,9 +167,9 @@ static void learn(lab *l, const char *spec, uint64_t seed, double weight, double
         project(lab_f32(&x), lab_f32(&p.w_q), PLACES, lab_f32(&p.q));
         project(words, w, WORDS, lab_f32(&p.k));
         project(words, w + WEIGHTS, WORDS, lab_f32(&p.v));
-        lab_check(l, attn_op_forward(op, in, 4, out, 4, &exec));
+        attn_lab_check(l, attn_op_forward(op, in, 4, out, 4, &exec));
         double error = reconstruction(&p, lab_f32(&o), lab_f32(&grad_o));
-        lab_check(l, attn_op_backward(op, in, 4, out, 4, from, 2, grad, 2, &exec));
+        attn_lab_check(l, attn_op_backward(op, in, 4, out, 4, from, 2, grad, 2, &exec));
         attn_arena_reset(scratch);
         memset(lab_f32(&grads) + 2 * WEIGHTS, 0, 2 * FEATURES * sizeof(float));
         project_backward(words, w, lab_f32(&grad_k), lab_f32(&grads), lab_f32(&grads) + 2 * WEIGHTS);
@@ -186,23 +192,28 @@ static void two_concepts(lab *l)
         double weight;
         int power;
     } cases[] = {{0, 2}, {0.01, 2}, {0.1, 2}, {0.1, 1}};
-    int seeds = lab_small(l) ? 1 : 4;
+    int seeds = attn_lab_small(l) ? 1 : 4;
     outcome got[4] = {{0, 0, 0}};
-    for (int i = 0; i < (lab_small(l) ? 3 : 4); i++) {
+    for (int i = 0; i < (attn_lab_small(l) ? 3 : 4); i++) {
         char spec[60];
         snprintf(spec, sizeof spec, "disendiff.train:grid=[16,16],power=%d", cases[i].power);
         for (int seed = 0; seed < seeds; seed++) {
             learn(l, spec, 100 + (uint64_t)seed, cases[i].weight, 1.0 / seeds, &got[i]);
         }
-        lab_print(l, "loss weight %-4g, power %d: modifiers with their classes %.2f, classes with each other %.3f, error %.1e", cases[i].weight,
-                  cases[i].power, got[i].bind, got[i].overlap, got[i].error);
+        attn_lab_print(
+            l,
+            "loss weight %-4g, power %d: modifiers with their classes %.2f, classes with each other %.3f, error %.1e",
+            cases[i].weight, cases[i].power, got[i].bind, got[i].overlap, got[i].error);
     }
-    lab_claim(l, got[1].bind > got[0].bind && got[2].bind > 3 * got[0].bind, "modifiers come to look where their classes look",
-              "overlap %.2f, %.2f, %.2f with loss weights 0, 0.01, 0.1", got[0].bind, got[1].bind, got[2].bind);
-    lab_claim(l, got[1].overlap < got[0].overlap && got[2].overlap < got[0].overlap, "classes come to look at different places",
-              "overlap %.3f, %.3f, %.3f", got[0].overlap, got[1].overlap, got[2].overlap);
-    lab_claim(l, got[1].error < 2 * got[0].error && got[2].error < 2 * got[0].error, "the picture is learned as well as without the loss",
-              "error %.1e, %.1e, %.1e", got[0].error, got[1].error, got[2].error);
+    attn_lab_claim(l, got[1].bind > got[0].bind && got[2].bind > 3 * got[0].bind,
+                   "modifiers come to look where their classes look",
+                   "overlap %.2f, %.2f, %.2f with loss weights 0, 0.01, 0.1", got[0].bind, got[1].bind, got[2].bind);
+    attn_lab_claim(l, got[1].overlap < got[0].overlap && got[2].overlap < got[0].overlap,
+                   "classes come to look at different places", "overlap %.3f, %.3f, %.3f", got[0].overlap,
+                   got[1].overlap, got[2].overlap);
+    attn_lab_claim(l, got[1].error < 2 * got[0].error && got[2].error < 2 * got[0].error,
+                   "the picture is learned as well as without the loss", "error %.1e, %.1e, %.1e", got[0].error,
+                   got[1].error, got[2].error);
 }
 
 /* ---- An embedding whose gradient reaches modifiers only ---- */
@@ -211,12 +222,15 @@ static void two_concepts(lab *l)
 static void only_modifiers_move(lab *l)
 {
     enum { ROWS = 50, NUMBERS = 8, TEXT = 12, STEPS = 30, SIZE = ROWS * NUMBERS };
-    attn_tensor table = lab_normal(l, 1, LAB_SHAPE(ROWS, NUMBERS)), target = lab_normal(l, 1, LAB_SHAPE(2, TEXT, NUMBERS));
-    attn_tensor ids = lab_zeros(l, ATTN_I64, LAB_SHAPE(2, TEXT)), modifiers = lab_zeros(l, ATTN_I64, LAB_SHAPE(2));
-    attn_tensor first = lab_zeros(l, ATTN_F32, LAB_SHAPE(ROWS, NUMBERS)), grad = lab_zeros(l, ATTN_F32, LAB_SHAPE(ROWS, NUMBERS));
+    attn_tensor table = attn_lab_normal(l, 1, LAB_SHAPE(ROWS, NUMBERS)),
+                target = attn_lab_normal(l, 1, LAB_SHAPE(2, TEXT, NUMBERS));
+    attn_tensor ids = attn_lab_zeros(l, ATTN_I64, LAB_SHAPE(2, TEXT)),
+                modifiers = attn_lab_zeros(l, ATTN_I64, LAB_SHAPE(2));
+    attn_tensor first = attn_lab_zeros(l, ATTN_F32, LAB_SHAPE(ROWS, NUMBERS)),
+                grad = attn_lab_zeros(l, ATTN_F32, LAB_SHAPE(ROWS, NUMBERS));
     double moments[2 * SIZE] = {0}, distance[2] = {0, 0};
     attn_op *op = NULL;
-    lab_check(l, attn_op_create(&op, "disendiff.embed"));
+    attn_lab_check(l, attn_op_create(&op, "disendiff.embed"));
     if (l->status != ATTN_OK) {
         return;
     }
@@ -227,12 +241,12 @@ static void only_modifiers_move(lab *l)
     memcpy(first.data, table.data, SIZE * sizeof(float));
     for (int step = 1; step <= STEPS && l->status == ATTN_OK; step++) {
         attn_named_tensor in[] = {{"table", table}, {"ids", ids}, {"modifiers", modifiers}}, to = {"table", grad};
-        attn_tensor o = lab_output(l, "disendiff.embed", in, 3, "o");
+        attn_tensor o = attn_lab_output(l, "disendiff.embed", in, 3, "o");
         attn_named_tensor grad_o = {"o", o};
         for (int i = 0; i < 2 * TEXT * NUMBERS && l->status == ATTN_OK; i++) {
             lab_f32(&o)[i] -= lab_f32(&target)[i];
         }
-        lab_check(l, attn_op_backward(op, in, 3, NULL, 0, &grad_o, 1, &to, 1, NULL));
+        attn_lab_check(l, attn_op_backward(op, in, 3, NULL, 0, &grad_o, 1, &to, 1, NULL));
         if (l->status == ATTN_OK) {
             adam(lab_f32(&table), lab_f32(&grad), moments, SIZE, step, 0.02, 0);
         }
@@ -242,16 +256,19 @@ static void only_modifiers_move(lab *l)
         distance[row == 7 || row == 31] += fabs((double)lab_f32(&table)[i] - (double)lab_f32(&first)[i]);
     }
     attn_op_destroy(op);
-    lab_claim(l, distance[0] == 0 && distance[1] > 0.1, "training moves the modifiers' rows and leaves all others bit by bit",
-              "others by %g, modifiers by %.2f", distance[0], distance[1]);
+    attn_lab_claim(l, distance[0] == 0 && distance[1] > 0.1,
+                   "training moves the modifiers' rows and leaves all others bit by bit",
+                   "others by %g, modifiers by %.2f", distance[0], distance[1]);
 }
 
 static void cost(lab *l)
 {
     enum { DEPTH = 5, BATCH = 2, ALL_HEADS = 8, TEXT = 77, SIZE = 40 };
-    int64_t side = lab_small(l) ? 4 : 16, n = side * side;
-    attn_tensor q = lab_normal(l, 1, LAB_SHAPE(DEPTH, BATCH, ALL_HEADS, n, SIZE)), k = lab_normal(l, 1, LAB_SHAPE(DEPTH, BATCH, ALL_HEADS, TEXT, SIZE));
-    attn_tensor v = lab_normal(l, 1, LAB_SHAPE(DEPTH, BATCH, ALL_HEADS, TEXT, SIZE)), modifier = lab_zeros(l, ATTN_I64, LAB_SHAPE(BATCH, 2));
+    int64_t side = attn_lab_small(l) ? 4 : 16, n = side * side;
+    attn_tensor q = attn_lab_normal(l, 1, LAB_SHAPE(DEPTH, BATCH, ALL_HEADS, n, SIZE)),
+                k = attn_lab_normal(l, 1, LAB_SHAPE(DEPTH, BATCH, ALL_HEADS, TEXT, SIZE));
+    attn_tensor v = attn_lab_normal(l, 1, LAB_SHAPE(DEPTH, BATCH, ALL_HEADS, TEXT, SIZE)),
+                modifier = attn_lab_zeros(l, ATTN_I64, LAB_SHAPE(BATCH, 2));
     if (l->status != ATTN_OK) {
         return;
     }
@@ -262,11 +279,13 @@ static void cost(lab *l)
                           attn_tensor_make(k.data, ATTN_F32, LAB_SHAPE(DEPTH * BATCH, ALL_HEADS, TEXT, SIZE)),
                           attn_tensor_make(v.data, ATTN_F32, LAB_SHAPE(DEPTH * BATCH, ALL_HEADS, TEXT, SIZE))};
     attn_named_tensor in[] = {{"q", flat[0]}, {"k", flat[1]}, {"v", flat[2]}};
-    double alone = lab_seconds(l, "disendiff.attention", in, 3, "o attn", 1), dense = lab_seconds(l, "dense", in, 3, "o lse", 1);
-    double fused = lab_seconds(l, side == 16 ? "disendiff.train:grid=[16,16]" : "disendiff.train:grid=[4,4]",
-                               LAB_LIST({"q", q}, {"k", k}, {"v", v}, {"modifier", modifier}), "o loss", 1);
-    lab_claim_speed(l, fused <= 1.3 * alone, "training with the loss takes at most 1.3 times attention's forward and backward alone",
-                    "%.2f (%.2f times dense)", fused / alone, fused / dense);
+    double alone = attn_lab_seconds(l, "disendiff.attention", in, 3, "o attn", 1),
+           dense = attn_lab_seconds(l, "dense", in, 3, "o lse", 1);
+    double fused = attn_lab_seconds(l, side == 16 ? "disendiff.train:grid=[16,16]" : "disendiff.train:grid=[4,4]",
+                                    LAB_LIST({"q", q}, {"k", k}, {"v", v}, {"modifier", modifier}), "o loss", 1);
+    attn_lab_claim_speed(l, fused <= 1.3 * alone,
+                         "training with the loss takes at most 1.3 times attention's forward and backward alone",
+                         "%.2f (%.2f times dense)", fused / alone, fused / dense);
 }
 
 static void run(lab *l)

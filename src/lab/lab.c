@@ -43,9 +43,12 @@ attn_status attn_lab_run(const char *name, const attn_lab_settings *settings, at
     return l.status;
 }
 
-int lab_small(const lab *l) { return l->settings->small; }
+int attn_lab_small(const lab *l)
+{
+    return l->settings->small;
+}
 
-void lab_check(lab *l, attn_status status)
+void attn_lab_check(lab *l, attn_status status)
 {
     if (l->status == ATTN_OK) {
         l->status = status;
@@ -67,7 +70,10 @@ static attn_tensor zeros_in(lab *l, attn_arena *arena, attn_dtype dtype, int ndi
     return t;
 }
 
-attn_tensor lab_zeros(lab *l, attn_dtype dtype, int ndim, const int64_t *shape) { return zeros_in(l, l->arena, dtype, ndim, shape); }
+attn_tensor attn_lab_zeros(lab *l, attn_dtype dtype, int ndim, const int64_t *shape)
+{
+    return zeros_in(l, l->arena, dtype, ndim, shape);
+}
 
 static attn_tensor normal_in(lab *l, attn_arena *arena, double deviation, int ndim, const int64_t *shape)
 {
@@ -78,21 +84,21 @@ static attn_tensor normal_in(lab *l, attn_arena *arena, double deviation, int nd
     return t;
 }
 
-attn_tensor lab_normal(lab *l, double deviation, int ndim, const int64_t *shape)
+attn_tensor attn_lab_normal(lab *l, double deviation, int ndim, const int64_t *shape)
 {
     return normal_in(l, l->arena, deviation, ndim, shape);
 }
 
-attn_tensor lab_uniform(lab *l, double low, double high, int ndim, const int64_t *shape)
+attn_tensor attn_lab_uniform(lab *l, double low, double high, int ndim, const int64_t *shape)
 {
-    attn_tensor t = lab_zeros(l, ATTN_F32, ndim, shape);
+    attn_tensor t = attn_lab_zeros(l, ATTN_F32, ndim, shape);
     for (int64_t i = 0; t.data != NULL && i < attn_tensor_count(&t); i++) {
         lab_f32(&t)[i] = (float)(low + (high - low) * attn_random_uniform(&l->random));
     }
     return t;
 }
 
-double lab_distance(const lab *l, const attn_tensor *a, const attn_tensor *b)
+double attn_lab_distance(const lab *l, const attn_tensor *a, const attn_tensor *b)
 {
     double difference = 0, size = 0;
     for (int64_t i = 0; l->status == ATTN_OK && i < attn_tensor_count(b); i++) {
@@ -113,7 +119,7 @@ static int make_outputs(lab *l, attn_arena *arena, const attn_op *op, const attn
 {
     attn_named_tensor all[MOST_PORTS];
     int count = MOST_PORTS, made = 0;
-    lab_check(l, attn_op_outputs(op, in, in_count, all, &count));
+    attn_lab_check(l, attn_op_outputs(op, in, in_count, all, &count));
     for (const char *name = names; l->status == ATTN_OK && *name != '\0';) {
         size_t length = strcspn(name, " ");
         for (int i = 0; i < count; i++) {
@@ -127,13 +133,13 @@ static int make_outputs(lab *l, attn_arena *arena, const attn_op *op, const attn
     return made;
 }
 
-attn_tensor lab_output(lab *l, const char *spec, const attn_named_tensor *in, int in_count, const char *name)
+attn_tensor attn_lab_output(lab *l, const char *spec, const attn_named_tensor *in, int in_count, const char *name)
 {
     attn_op *op = NULL;
     attn_named_tensor out[MOST_PORTS];
     out[0].tensor = (attn_tensor){0};
     if (l->status == ATTN_OK) {
-        lab_check(l, attn_op_create(&op, spec));
+        attn_lab_check(l, attn_op_create(&op, spec));
     }
     if (l->status == ATTN_OK) {
         int count = make_outputs(l, l->arena, op, in, in_count, name, out);
@@ -148,12 +154,12 @@ attn_tensor lab_output(lab *l, const char *spec, const attn_named_tensor *in, in
     return out[0].tensor;
 }
 
-attn_cost lab_cost(lab *l, const char *spec, const attn_named_tensor *in, int in_count)
+attn_cost attn_lab_cost(lab *l, const char *spec, const attn_named_tensor *in, int in_count)
 {
     attn_op *op = NULL;
     attn_cost cost = {0};
     if (l->status == ATTN_OK) {
-        lab_check(l, attn_op_create(&op, spec));
+        attn_lab_check(l, attn_op_create(&op, spec));
     }
     if (l->status == ATTN_OK) {
         l->status = attn_op_cost(op, in, in_count, &cost);
@@ -162,16 +168,16 @@ attn_cost lab_cost(lab *l, const char *spec, const attn_named_tensor *in, int in
     return cost;
 }
 
-double lab_memory(lab *l, const char *spec, const attn_named_tensor *in, int in_count, const char *names)
+double attn_lab_memory(lab *l, const char *spec, const attn_named_tensor *in, int in_count, const char *names)
 {
     attn_op *op = NULL;
     attn_arena *arena = NULL, *scratch = NULL;
     attn_named_tensor out[MOST_PORTS];
     double bytes = 0;
     if (l->status == ATTN_OK) {
-        lab_check(l, attn_op_create(&op, spec));
-        lab_check(l, attn_arena_create(&arena, 0));
-        lab_check(l, attn_arena_create(&scratch, 0));
+        attn_lab_check(l, attn_op_create(&op, spec));
+        attn_lab_check(l, attn_arena_create(&arena, 0));
+        attn_lab_check(l, attn_arena_create(&scratch, 0));
     }
     if (l->status == ATTN_OK) {
         int count = make_outputs(l, arena, op, in, in_count, names, out);
@@ -187,7 +193,7 @@ double lab_memory(lab *l, const char *spec, const attn_named_tensor *in, int in_
     return bytes;
 }
 
-double lab_now(void)
+double attn_lab_now(void)
 {
     struct timespec t;
     clock_gettime(CLOCK_MONOTONIC, &t);
@@ -245,18 +251,19 @@ static attn_status call_once(timed_call *c, int backward)
                     : ATTN_OK;
 }
 
-double lab_seconds(lab *l, const char *spec, const attn_named_tensor *in, int in_count, const char *names, int backward)
+double attn_lab_seconds(lab *l, const char *spec, const attn_named_tensor *in, int in_count, const char *names,
+                        int backward)
 {
     enum { MOST_REPEATS = 51, LEAST_REPEATS = 3 };
-    const double budget = lab_small(l) ? 0.02 : 0.6;
+    const double budget = attn_lab_small(l) ? 0.02 : 0.6;
     double times[MOST_REPEATS], total = 0;
     int repeats = 0;
     attn_arena *arena = NULL, *scratch = NULL;
     timed_call c = {.in = in, .in_count = in_count};
     if (l->status == ATTN_OK) {
-        lab_check(l, attn_op_create(&c.op, spec));
-        lab_check(l, attn_arena_create(&arena, 0));
-        lab_check(l, attn_arena_create(&scratch, 0));
+        attn_lab_check(l, attn_op_create(&c.op, spec));
+        attn_lab_check(l, attn_arena_create(&arena, 0));
+        attn_lab_check(l, attn_arena_create(&scratch, 0));
     }
     if (l->status == ATTN_OK) {
         c.exec = (attn_exec){.threads = l->settings->threads, .arena = scratch};
@@ -272,9 +279,9 @@ double lab_seconds(lab *l, const char *spec, const attn_named_tensor *in, int in
     }
     while (l->status == ATTN_OK && repeats < MOST_REPEATS && (repeats < LEAST_REPEATS || total < budget)) {
         attn_arena_reset(scratch);
-        double start = lab_now();
+        double start = attn_lab_now();
         l->status = call_once(&c, backward);
-        times[repeats] = lab_now() - start;
+        times[repeats] = attn_lab_now() - start;
         total += times[repeats++];
     }
     attn_arena_destroy(arena);
@@ -298,7 +305,7 @@ static void print_list(lab *l, const char *format, va_list arguments)
     }
 }
 
-void lab_print(lab *l, const char *format, ...)
+void attn_lab_print(lab *l, const char *format, ...)
 {
     va_list arguments;
     va_start(arguments, format);
@@ -317,10 +324,10 @@ static void verdict(lab *l, int judged, int holds, const char *claim, const char
     vsnprintf(numbers, sizeof numbers, measured, arguments);
     l->result.claims += judged;
     l->result.held += judged && holds;
-    lab_print(l, "%s: %s. Measured: %s", judged ? (holds ? "HOLDS" : "FAILS") : "seen", claim, numbers);
+    attn_lab_print(l, "%s: %s. Measured: %s", judged ? (holds ? "HOLDS" : "FAILS") : "seen", claim, numbers);
 }
 
-void lab_claim(lab *l, int holds, const char *claim, const char *measured, ...)
+void attn_lab_claim(lab *l, int holds, const char *claim, const char *measured, ...)
 {
     va_list arguments;
     va_start(arguments, measured);
@@ -328,10 +335,10 @@ void lab_claim(lab *l, int holds, const char *claim, const char *measured, ...)
     va_end(arguments);
 }
 
-void lab_claim_speed(lab *l, int holds, const char *claim, const char *measured, ...)
+void attn_lab_claim_speed(lab *l, int holds, const char *claim, const char *measured, ...)
 {
     va_list arguments;
     va_start(arguments, measured);
-    verdict(l, !lab_small(l), holds, claim, measured, arguments);
+    verdict(l, !attn_lab_small(l), holds, claim, measured, arguments);
     va_end(arguments);
 }

@@ -21,10 +21,10 @@ static int planted(int64_t head) { return head % (HEADS / PLANTED) == 3; }
 
 static void make_circuit(lab *l, circuit *c)
 {
-    c->codes = lab_normal(l, 1, LAB_SHAPE(VOCABULARY, WIDTH));
-    c->q = lab_normal(l, 1, LAB_SHAPE(1, HEADS, STEPS, WIDTH));
-    c->k = lab_normal(l, 1, LAB_SHAPE(1, HEADS, PROMPT + STEPS - 1, WIDTH));
-    c->v = lab_normal(l, 0.1, LAB_SHAPE(1, HEADS, PROMPT + STEPS - 1, WIDTH));
+    c->codes = attn_lab_normal(l, 1, LAB_SHAPE(VOCABULARY, WIDTH));
+    c->q = attn_lab_normal(l, 1, LAB_SHAPE(1, HEADS, STEPS, WIDTH));
+    c->k = attn_lab_normal(l, 1, LAB_SHAPE(1, HEADS, PROMPT + STEPS - 1, WIDTH));
+    c->v = attn_lab_normal(l, 0.1, LAB_SHAPE(1, HEADS, PROMPT + STEPS - 1, WIDTH));
     int64_t order[VOCABULARY];
     for (int64_t i = 0; i < VOCABULARY && l->status == ATTN_OK; i++) {
         float *code = lab_f32(&c->codes) + i * WIDTH;
@@ -66,13 +66,15 @@ static void place(circuit *c, int64_t head, int64_t position, int64_t step)
 static attn_tensor attend(lab *l, const attn_tensor *q, const attn_tensor *k, const attn_tensor *v, const uint8_t *masked,
                           const uint8_t *windowed)
 {
-    attn_tensor mask = lab_zeros(l, ATTN_BOOL, LAB_SHAPE(HEADS));
+    attn_tensor mask = attn_lab_zeros(l, ATTN_BOOL, LAB_SHAPE(HEADS));
     for (int64_t h = 0; h < HEADS && l->status == ATTN_OK; h++) {
         lab_bool(&mask)[h] = masked != NULL && masked[h];
     }
-    attn_tensor o = lab_output(l, "retrieval_head.mask", LAB_LIST({"q", *q}, {"k", *k}, {"v", *v}, {"heads", mask}), "o");
+    attn_tensor o =
+        attn_lab_output(l, "retrieval_head.mask", LAB_LIST({"q", *q}, {"k", *k}, {"v", *v}, {"heads", mask}), "o");
     if (windowed != NULL) {
-        attn_tensor near = lab_output(l, "streaming:sinks=4,recent=64", LAB_LIST({"q", *q}, {"k", *k}, {"v", *v}), "o");
+        attn_tensor near =
+            attn_lab_output(l, "streaming:sinks=4,recent=64", LAB_LIST({"q", *q}, {"k", *k}, {"v", *v}), "o");
         for (int64_t h = 0; h < HEADS && l->status == ATTN_OK; h++) {
             if (windowed[h]) {
                 memcpy(lab_f32(&o) + h * WIDTH, lab_f32(&near) + h * WIDTH, WIDTH * sizeof(float));
@@ -122,17 +124,18 @@ static double generate(lab *l, circuit *c, const uint8_t *masked, const uint8_t 
 
 static void planted_circuit(lab *l)
 {
-    int seeds = lab_small(l) ? 1 : 5;
+    int seeds = attn_lab_small(l) ? 1 : 5;
     double plain = 0, four = 0, two = 0, others = 0, kept = 0, lost = 0, low = 1, high = 0;
-    attn_tensor scores = lab_zeros(l, ATTN_F32, LAB_SHAPE(seeds, 1, HEADS));
+    attn_tensor scores = attn_lab_zeros(l, ATTN_F32, LAB_SHAPE(seeds, 1, HEADS));
     for (int seed = 0; seed < seeds; seed++) {
         circuit c;
         make_circuit(l, &c);
         plain += generate(l, &c, NULL, NULL) / seeds;
         attn_tensor ids = attn_tensor_make(c.tokens, ATTN_I64, 1, (int64_t[]){PROMPT});
         attn_tensor generated = attn_tensor_make(c.tokens + PROMPT, ATTN_I64, 1, (int64_t[]){STEPS});
-        attn_tensor score = lab_output(l, "retrieval_head:needle_start=150,needle_end=170",
-                                       LAB_LIST({"q", c.q}, {"k", c.k}, {"prompt", ids}, {"generated", generated}), "score");
+        attn_tensor score =
+            attn_lab_output(l, "retrieval_head:needle_start=150,needle_end=170",
+                            LAB_LIST({"q", c.q}, {"k", c.k}, {"prompt", ids}, {"generated", generated}), "score");
         uint8_t best[HEADS] = {0}, half[HEADS] = {0}, noise[HEADS] = {0};
         for (int64_t h = 0, seen = 0; h < HEADS && l->status == ATTN_OK; h++) {
             double x = (double)lab_f32(&score)[h];
@@ -155,22 +158,26 @@ static void planted_circuit(lab *l)
         }
         kept += generate(l, &c, NULL, best) / seeds;
     }
-    attn_tensor retrieval = lab_output(l, "retrieval_head.rank", LAB_LIST({"scores", scores}), "retrieval");
+    attn_tensor retrieval = attn_lab_output(l, "retrieval_head.rank", LAB_LIST({"scores", scores}), "retrieval");
     int found = 0, right = 0;
     for (int64_t h = 0; h < HEADS && l->status == ATTN_OK; h++) {
         found += lab_bool(&retrieval)[h];
         right += lab_bool(&retrieval)[h] && planted(h);
     }
-    lab_print(l, "%d planted copying heads among %d, needle of %d tokens in %d, %d seed(s)", PLANTED, HEADS, STEPS, PROMPT, seeds);
-    lab_claim(l, plain > 0.99 && low > 0.99 && high <= 0.1, "planted heads score 1, others nearly 0",
-              "recall %.2f, lowest planted score %.2f, highest other %.2f", plain, low, high);
-    lab_claim(l, found == PLANTED && right == PLANTED, "ranking finds exactly the planted heads", "%d found, %d of them planted", found,
-              right);
-    lab_claim(l, four <= 0.05 + 1e-9 && two > 0.99 && others > 0.99, "only the loss of all retrieval heads destroys recall",
-              "recall %.2f without the four, %.2f without two of them, %.2f without four others", four, two, others);
+    attn_lab_print(l, "%d planted copying heads among %d, needle of %d tokens in %d, %d seed(s)", PLANTED, HEADS, STEPS,
+                   PROMPT, seeds);
+    attn_lab_claim(l, plain > 0.99 && low > 0.99 && high <= 0.1, "planted heads score 1, others nearly 0",
+                   "recall %.2f, lowest planted score %.2f, highest other %.2f", plain, low, high);
+    attn_lab_claim(l, found == PLANTED && right == PLANTED, "ranking finds exactly the planted heads",
+                   "%d found, %d of them planted", found, right);
+    attn_lab_claim(
+        l, four <= 0.05 + 1e-9 && two > 0.99 && others > 0.99, "only the loss of all retrieval heads destroys recall",
+        "recall %.2f without the four, %.2f without two of them, %.2f without four others", four, two, others);
     double cache = (PLANTED * (double)PROMPT + (HEADS - PLANTED) * 68.0) / (HEADS * (double)PROMPT);
-    lab_claim(l, kept > 0.99 && lost <= 0.05 + 1e-9, "only retrieval heads need the whole cache; a window and first tokens do for the others",
-              "recall %.2f with %.0f %% of the cache, %.2f when the retrieval heads have the window", kept, 100 * cache, lost);
+    attn_lab_claim(l, kept > 0.99 && lost <= 0.05 + 1e-9,
+                   "only retrieval heads need the whole cache; a window and first tokens do for the others",
+                   "recall %.2f with %.0f %% of the cache, %.2f when the retrieval heads have the window", kept,
+                   100 * cache, lost);
 }
 
 static double now(void)
@@ -189,10 +196,12 @@ static int ascending(const void *a, const void *b)
 static void detection_cost(lab *l)
 {
     enum { REPEATS = 41 };
-    int64_t keys = lab_small(l) ? 1024 : 16384;
-    attn_tensor q = lab_normal(l, 1, LAB_SHAPE(1, 16, 1, 128)), o = lab_zeros(l, ATTN_F32, LAB_SHAPE(1, 16, 1, 128));
-    attn_tensor k = lab_normal(l, 1, LAB_SHAPE(1, 4, keys, 128)), v = lab_normal(l, 1, LAB_SHAPE(1, 4, keys, 128));
-    attn_tensor top = lab_zeros(l, ATTN_I64, LAB_SHAPE(1, 16, 1));
+    int64_t keys = attn_lab_small(l) ? 1024 : 16384;
+    attn_tensor q = attn_lab_normal(l, 1, LAB_SHAPE(1, 16, 1, 128)),
+                o = attn_lab_zeros(l, ATTN_F32, LAB_SHAPE(1, 16, 1, 128));
+    attn_tensor k = attn_lab_normal(l, 1, LAB_SHAPE(1, 4, keys, 128)),
+                v = attn_lab_normal(l, 1, LAB_SHAPE(1, 4, keys, 128));
+    attn_tensor top = attn_lab_zeros(l, ATTN_I64, LAB_SHAPE(1, 16, 1));
     attn_dense_settings settings;
     attn_dense_defaults(&settings);
     attn_dense_inputs in = {.q = q, .k = k, .v = v};
@@ -201,7 +210,7 @@ static void detection_cost(lab *l)
         for (int traced = 0; traced < 2; traced++) { /* in turn, so that both see the same machine */
             attn_exec exec = {.threads = l->settings->threads, .arena = l->arena};
             double start = now();
-            lab_check(l, attn_dense_forward_top(&settings, &in, &o, NULL, traced ? &top : NULL, &exec));
+            attn_lab_check(l, attn_dense_forward_top(&settings, &in, &o, NULL, traced ? &top : NULL, &exec));
             times[traced][r] = now() - start;
         }
     }
@@ -211,9 +220,9 @@ static void detection_cost(lab *l)
     qsort(times[0], REPEATS, sizeof times[0][0], ascending);
     qsort(times[1], REPEATS, sizeof times[1][0], ascending);
     double plain = times[0][REPEATS / 2], traced = times[1][REPEATS / 2];
-    lab_claim_speed(l, traced <= 1.03 * plain, "knowing the strongest key costs decoding at most 3 %",
-                    "%.0f and %.0f us over %lld keys (%+.1f %%)", 1e6 * plain, 1e6 * traced, (long long)keys,
-                    100 * (traced / plain - 1));
+    attn_lab_claim_speed(l, traced <= 1.03 * plain, "knowing the strongest key costs decoding at most 3 %",
+                         "%.0f and %.0f us over %lld keys (%+.1f %%)", 1e6 * plain, 1e6 * traced, (long long)keys,
+                         100 * (traced / plain - 1));
 }
 
 static void run(lab *l)

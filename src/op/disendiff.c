@@ -15,7 +15,7 @@ typedef struct processed {
     double *normal, *smooth, *final;
 } processed;
 
-attn_status disendiff_bind(attn_call *call)
+attn_status attn_disendiff_bind(attn_call *call)
 {
     const disendiff_params *p = call->params;
     int64_t gh = p->grid.items[0], gw = p->grid.items[1], n = attn_dim(call, "N"), radius = (p->kernel - 1) / 2;
@@ -36,7 +36,7 @@ attn_status disendiff_bind(attn_call *call)
     return ATTN_OK;
 }
 
-attn_status disendiff_begin(attn_call *call, const attn_tensor *modifier, calibration *c)
+attn_status attn_disendiff_begin(attn_call *call, const attn_tensor *modifier, calibration *c)
 {
     const disendiff_params *p = call->params;
     int64_t tokens = attn_dim(call, "T"), n = attn_dim(call, "N");
@@ -77,9 +77,12 @@ attn_status disendiff_begin(attn_call *call, const attn_tensor *modifier, calibr
     return ATTN_OK;
 }
 
-int disendiff_is_active(const calibration *c, int64_t b) { return c->concepts > 0 && c->modifier[b * c->concepts] != -1; }
+int attn_disendiff_is_active(const calibration *c, int64_t b)
+{
+    return c->concepts > 0 && c->modifier[b * c->concepts] != -1;
+}
 
-int64_t disendiff_column(const calibration *c, int64_t b, int64_t m)
+int64_t attn_disendiff_column(const calibration *c, int64_t b, int64_t m)
 {
     return c->modifier[b * c->concepts + m % c->concepts] + (m >= c->concepts);
 }
@@ -195,7 +198,7 @@ static attn_status calibrate(attn_call *call, const calibration *c, float *maps,
     *bind = *separate = 0;
     for (int64_t b = 0; b < c->batch; b++) {
         attn_arena_mark mark = attn_arena_get_mark(call->arena);
-        if (!disendiff_is_active(c, b)) {
+        if (!attn_disendiff_is_active(c, b)) {
             if (maps != NULL && concepts > 0) {
                 memset(maps + b * 2 * concepts * n, 0, (size_t)(2 * concepts * n) * sizeof *maps);
             }
@@ -228,7 +231,7 @@ static attn_status calibrate(attn_call *call, const calibration *c, float *maps,
     return ATTN_OK;
 }
 
-attn_status disendiff_loss(attn_call *call, calibration *c, int first_port)
+attn_status attn_disendiff_loss(attn_call *call, calibration *c, int first_port)
 {
     double bind = 0, separate = 0;
     ATTN_TRY(calibrate(call, c, attn_f32(call->t[first_port + 3]), &bind, &separate, 0, NULL));
@@ -238,7 +241,7 @@ attn_status disendiff_loss(attn_call *call, calibration *c, int first_port)
     return ATTN_OK;
 }
 
-attn_status disendiff_loss_backward(attn_call *call, calibration *c, double grad_loss)
+attn_status attn_disendiff_loss_backward(attn_call *call, calibration *c, double grad_loss)
 {
     double bind = 0, separate = 0;
     return calibrate(call, c, NULL, &bind, &separate, grad_loss, c->grad_columns);
@@ -266,10 +269,11 @@ static void pass_columns(attn_call *call, const calibration *c, const float *att
 #pragma omp parallel for num_threads(call->threads)
     for (int64_t task = 0; task < c->batch * blocks; task++) {
         int64_t b = task / blocks, first = task % blocks * ROWS, end = attn_min_i64(n, first + ROWS);
-        for (int64_t s = 0; s < maps && disendiff_is_active(c, b); s++) {
+        for (int64_t s = 0; s < maps && attn_disendiff_is_active(c, b); s++) {
             for (int64_t p = first; p < end; p++) {
                 for (int64_t m = 0; m < 2 * c->concepts; m++) {
-                    int64_t at = (b * 2 * c->concepts + m) * n + p, from = ((b * maps + s) * n + p) * tokens + disendiff_column(c, b, m);
+                    int64_t at = (b * 2 * c->concepts + m) * n + p,
+                            from = ((b * maps + s) * n + p) * tokens + attn_disendiff_column(c, b, m);
                     if (grad != NULL) {
                         grad[from] += (float)(c->grad_columns[at] / (double)maps);
                     } else {
@@ -284,17 +288,17 @@ static void pass_columns(attn_call *call, const calibration *c, const float *att
 static attn_status loss_forward(attn_call *call)
 {
     calibration c;
-    ATTN_TRY(disendiff_begin(call, call->t[LOSS_MODIFIER], &c));
+    ATTN_TRY(attn_disendiff_begin(call, call->t[LOSS_MODIFIER], &c));
     pass_columns(call, &c, attn_f32(call->t[LOSS_ATTN]), NULL);
-    return disendiff_loss(call, &c, LOSS_LOSS);
+    return attn_disendiff_loss(call, &c, LOSS_LOSS);
 }
 
 static attn_status loss_backward(attn_call *call)
 {
     calibration c;
-    ATTN_TRY(disendiff_begin(call, call->t[LOSS_MODIFIER], &c));
+    ATTN_TRY(attn_disendiff_begin(call, call->t[LOSS_MODIFIER], &c));
     pass_columns(call, &c, attn_f32(call->t[LOSS_ATTN]), NULL);
-    ATTN_TRY(disendiff_loss_backward(call, &c, (double)attn_f32(call->grad[LOSS_LOSS])[0]));
+    ATTN_TRY(attn_disendiff_loss_backward(call, &c, (double)attn_f32(call->grad[LOSS_LOSS])[0]));
     if (call->grad[LOSS_ATTN] != NULL) {
         pass_columns(call, &c, NULL, attn_f32(call->grad[LOSS_ATTN]));
     }
@@ -312,13 +316,14 @@ static attn_status loss_cost(attn_call *call, attn_cost *cost)
 const attn_op_class attn_op_disendiff = {
     .info = {.name = "disendiff",
              .title = "Attention calibration loss for disentangled concepts",
-             .summary = "A loss on cross-attention maps: modifiers must look where their class words look, different classes at different "
+             .summary = "A loss on cross-attention maps: modifiers must look where their class words look, different "
+                        "classes at different "
                         "places. For fine-tuning a text-to-image model on several concepts from one picture.",
              .paper = "arXiv:2403.18551",
              .differentiable = 1,
              ATTN_TABLE(loss_param_table, loss_ports)},
     .params_size = sizeof(disendiff_params),
-    .bind = disendiff_bind,
+    .bind = attn_disendiff_bind,
     .forward = loss_forward,
     .backward = loss_backward,
     .cost = loss_cost,

@@ -38,15 +38,15 @@ typedef struct calibration {
 } calibration;
 
 /* In bind: checks grid and kernel, and sets the extents of `maps`. */
-attn_status disendiff_bind(attn_call *call);
+attn_status attn_disendiff_bind(attn_call *call);
 /* Checks the positions; columns begin as zeros. */
-attn_status disendiff_begin(attn_call *call, const attn_tensor *modifier, calibration *c);
-int disendiff_is_active(const calibration *c, int64_t b);
+attn_status attn_disendiff_begin(attn_call *call, const attn_tensor *modifier, calibration *c);
+int attn_disendiff_is_active(const calibration *c, int64_t b);
 /* Text position of watched column m (0 ... 2C-1) of sample b. */
-int64_t disendiff_column(const calibration *c, int64_t b, int64_t m);
+int64_t attn_disendiff_column(const calibration *c, int64_t b, int64_t m);
 /* Losses and maps from the columns, to the outputs from `first_port` on (loss, bind, separate, maps). */
-attn_status disendiff_loss(attn_call *call, calibration *c, int first_port);
+attn_status attn_disendiff_loss(attn_call *call, calibration *c, int first_port);
 /* grad_columns from the gradient of the loss. */
-attn_status disendiff_loss_backward(attn_call *call, calibration *c, double grad_loss);
+attn_status attn_disendiff_loss_backward(attn_call *call, calibration *c, double grad_loss);
 
 #endif

@@ -142,7 +142,7 @@ static const attn_port_info train_ports[] = {
 static attn_status train_bind(attn_call *call)
 {
     ATTN_TRY(attention_bind(call));
-    return disendiff_bind(call);
+    return attn_disendiff_bind(call);
 }
 
 static attn_maps train_maps(const attn_call *call)
@@ -162,12 +162,12 @@ static void train_attend(attn_call *call, const attn_maps *m, const calibration 
 #pragma omp parallel for schedule(dynamic, 1) num_threads(call->threads)
     for (int64_t task = 0; task < c->batch * blocks; task++) {
         int64_t b = task / blocks, first = task % blocks * ATTN_MAPS_ROWS, rows = attn_min_i64(ATTN_MAPS_ROWS, m->n - first);
-        int64_t watched = disendiff_is_active(c, b) ? 2 * c->concepts : 0;
+        int64_t watched = attn_disendiff_is_active(c, b) ? 2 * c->concepts : 0;
         for (int64_t s = 0; s < maps && (o != NULL || watched > 0); s++) {
             const float *p = attn_maps_forward(m, (s / heads * c->batch + b) * heads + s % heads, first, rows, o);
             for (int64_t w = 0; w < watched; w++) {
                 double *to = c->columns + (b * watched + w) * m->n + first;
-                int64_t column = disendiff_column(c, b, w);
+                int64_t column = attn_disendiff_column(c, b, w);
                 for (int64_t r = 0; r < rows; r++) {
                     to[r] += (double)p[r * m->ld + column] / (double)maps;
                 }
@@ -180,10 +180,10 @@ static attn_status train_forward(attn_call *call)
 {
     calibration c;
     attn_maps m = train_maps(call);
-    ATTN_TRY(disendiff_begin(call, call->t[TRAIN_MODIFIER], &c));
+    ATTN_TRY(attn_disendiff_begin(call, call->t[TRAIN_MODIFIER], &c));
     ATTN_TRY(attn_maps_begin(&m, 0, call->arena, call->threads));
     train_attend(call, &m, &c, attn_f32(call->t[TRAIN_O]));
-    return disendiff_loss(call, &c, TRAIN_LOSS);
+    return attn_disendiff_loss(call, &c, TRAIN_LOSS);
 }
 
 static float *offset(const attn_tensor *tensor, int64_t by) { return tensor != NULL ? attn_f32(tensor) + by : NULL; }
@@ -195,22 +195,23 @@ static attn_status train_backward(attn_call *call)
     int64_t heads = attn_dim(call, "H"), maps = attn_dim(call, "L") * heads;
     calibration c;
     attn_maps m = train_maps(call);
-    ATTN_TRY(disendiff_begin(call, call->t[TRAIN_MODIFIER], &c));
+    ATTN_TRY(attn_disendiff_begin(call, call->t[TRAIN_MODIFIER], &c));
     ATTN_TRY(attn_maps_begin(&m, 1, call->arena, call->threads));
     if (grad_loss != NULL) {
         train_attend(call, &m, &c, NULL);
-        ATTN_TRY(disendiff_loss_backward(call, &c, (double)grad_loss[0]));
+        ATTN_TRY(attn_disendiff_loss_backward(call, &c, (double)grad_loss[0]));
     }
 #pragma omp parallel for num_threads(call->threads)
     for (int64_t i = 0; i < m.count; i++) {
-        int64_t b = i / heads % c.batch, watched = grad_loss != NULL && disendiff_is_active(&c, b) ? 2 * c.concepts : 0;
+        int64_t b = i / heads % c.batch,
+                watched = grad_loss != NULL && attn_disendiff_is_active(&c, b) ? 2 * c.concepts : 0;
         for (int64_t first = 0; first < m.n; first += ATTN_MAPS_ROWS) {
             int64_t rows = attn_min_i64(ATTN_MAPS_ROWS, m.n - first);
             attn_maps_forward(&m, i, first, rows, NULL);
             float *dp = attn_maps_gradient(&m, i, first, rows, grad_o);
             for (int64_t w = 0; w < watched; w++) {
                 const double *from = c.grad_columns + (b * watched + w) * m.n + first;
-                int64_t column = disendiff_column(&c, b, w);
+                int64_t column = attn_disendiff_column(&c, b, w);
                 for (int64_t r = 0; r < rows; r++) {
                     dp[r * m.ld + column] += (float)(from[r] / (double)maps);
                 }

@@ -141,7 +141,8 @@ static attn_status general_backward(attn_call *call)
     ATTN_TRY(general_run(call, &x));
     float *grad[6];
     for (int i = 0; i < 6; i++) {
-        grad[i] = dsf_gradient(call, call->grad[i], call->t[i] != NULL ? attn_tensor_count(call->t[i]) : 0, &status);
+        grad[i] =
+            attn_dsf_gradient(call, call->grad[i], call->t[i] != NULL ? attn_tensor_count(call->t[i]) : 0, &status);
     }
     double *g = attn_arena_array(call->arena, (size_t)x.t, sizeof *g);
     ATTN_TRY(status);
@@ -231,7 +232,7 @@ static dsf_scan scan_setup(const attn_call *call)
 static attn_status scan_forward(attn_call *call)
 {
     dsf_scan scan = scan_setup(call);
-    return dsf_scan_forward(call, &scan, attn_f32(call->t[S_O]), attn_f32(call->t[S_H_LAST]));
+    return attn_dsf_scan_forward(call, &scan, attn_f32(call->t[S_O]), attn_f32(call->t[S_H_LAST]));
 }
 
 static attn_status scan_backward(attn_call *call)
@@ -240,7 +241,7 @@ static attn_status scan_backward(attn_call *call)
     dsf_gradients g = {.o = attn_f32(call->grad[S_O]), .h_last = attn_f32(call->grad[S_H_LAST]), .v = attn_f32(call->grad[S_V]),
                        .b = attn_f32(call->grad[S_B]), .c = attn_f32(call->grad[S_C]), .lam = attn_f32(call->grad[S_LAM]),
                        .gain = attn_f32(call->grad[S_GAIN]), .skip = attn_f32(call->grad[S_SKIP]), .h0 = attn_f32(call->grad[S_H0])};
-    return dsf_scan_backward(call, &scan, &g);
+    return attn_dsf_scan_backward(call, &scan, &g);
 }
 
 static attn_status scan_cost(attn_call *call, attn_cost *cost)

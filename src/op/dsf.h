@@ -24,7 +24,7 @@ typedef struct dsf_scan {
 } dsf_scan;
 
 /* o [sequences][n][channels] and h_last [sequences][channels][states]. */
-attn_status dsf_scan_forward(attn_call *call, const dsf_scan *scan, float *o, float *h_last);
+attn_status attn_dsf_scan_forward(attn_call *call, const dsf_scan *scan, float *o, float *h_last);
 
 /* o and h_last are incoming (NULL: 0). The others are added to and may be NULL; with log_rate, `gain` also gets the part through lam. */
 typedef struct dsf_gradients {
@@ -32,10 +32,10 @@ typedef struct dsf_gradients {
     float *v, *b, *c, *lam, *log_rate, *gain, *skip, *h0;
 } dsf_gradients;
 
-attn_status dsf_scan_backward(attn_call *call, const dsf_scan *scan, const dsf_gradients *gradients);
+attn_status attn_dsf_scan_backward(attn_call *call, const dsf_scan *scan, const dsf_gradients *gradients);
 
 /* Zeroed scratch, or the gradient's own memory when somebody wants it; sets *status when memory is short. */
-float *dsf_gradient(attn_call *call, const attn_tensor *grad, int64_t count, attn_status *status);
-float *dsf_floats(attn_call *call, int64_t count, attn_status *status);
+float *attn_dsf_gradient(attn_call *call, const attn_tensor *grad, int64_t count, attn_status *status);
+float *attn_dsf_floats(attn_call *call, int64_t count, attn_status *status);
 
 #endif

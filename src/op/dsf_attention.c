@@ -579,8 +579,9 @@ static attn_status attention_backward(attn_call *call)
     int64_t heads = attn_dim(call, "H"), kv_heads = attn_dim(call, "Hkv"), all = attn_dim(call, "B") * heads, n = attn_dim(call, "N");
     int64_t d = attn_dim(call, "D"), dv = attn_dim(call, "Dv");
     attn_status status = ATTN_OK;
-    back_memory m = {dsf_gradient(call, call->grad[Q], all * n * d, &status), dsf_gradient(call, NULL, all * n * d, &status),
-                     dsf_gradient(call, NULL, all * n * dv, &status)};
+    back_memory m = {attn_dsf_gradient(call, call->grad[Q], all * n * d, &status),
+                     attn_dsf_gradient(call, NULL, all * n * d, &status),
+                     attn_dsf_gradient(call, NULL, all * n * dv, &status)};
     ATTN_TRY(status);
     ATTN_TRY(each_head(call, head_backward, &m));
     for (int64_t bh = 0; bh < all; bh++) {
@@ -727,7 +728,7 @@ static attn_status attention_matrices(attn_call *call, system_at *m)
     attn_status status = ATTN_OK;
     features f;
     ATTN_TRY(features_setup(p->phi, p->order, p->scale, d, &f));
-    float *fq = dsf_floats(call, f.count, &status), *fk = dsf_floats(call, f.count, &status);
+    float *fq = attn_dsf_floats(call, f.count, &status), *fk = attn_dsf_floats(call, f.count, &status);
     double *sum = attn_arena_array(call->arena, (size_t)f.count, sizeof *sum), before = 1;
     ATTN_TRY(status);
     if (sum == NULL) {
@@ -767,7 +768,7 @@ static attn_status matrices_forward(attn_call *call)
         return attention_matrices(call, &m);
     }
     attn_status status = ATTN_OK;
-    float *pre = dsf_floats(call, p->arch == ARCH_QLSTM ? rows * 3 * d : 0, &status);
+    float *pre = attn_dsf_floats(call, p->arch == ARCH_QLSTM ? rows * 3 * d : 0, &status);
     ATTN_TRY(status);
     if (p->arch == ARCH_QLSTM) {
         ATTN_TRY(attn_linear_forward(call->arena, call->threads, rows, d, 3 * d, attn_f32(call->t[M_X]), attn_f32(call->t[M_W]),

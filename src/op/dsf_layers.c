@@ -133,7 +133,7 @@ static attn_status s6_forward(attn_call *call)
     s6 x;
     dsf_scan scan;
     ATTN_TRY(s6_setup(call, &x, &scan));
-    return dsf_scan_forward(call, &scan, attn_f32(call->t[S_O]), attn_f32(call->t[S_H_LAST]));
+    return attn_dsf_scan_forward(call, &scan, attn_f32(call->t[S_O]), attn_f32(call->t[S_H_LAST]));
 }
 
 static attn_status s6_backward(attn_call *call)
@@ -144,12 +144,13 @@ static attn_status s6_backward(attn_call *call)
     ATTN_TRY(s6_setup(call, &x, &scan));
     ATTN_TRY(s6_all_deltas(call, &x));
     scan.gain = x.delta;
-    float *delta = dsf_gradient(call, NULL, x.rows * x.channels, &status), *rate = dsf_gradient(call, NULL, x.channels * x.states, &status);
+    float *delta = attn_dsf_gradient(call, NULL, x.rows * x.channels, &status),
+          *rate = attn_dsf_gradient(call, NULL, x.channels * x.states, &status);
     ATTN_TRY(status);
     dsf_gradients g = {.o = attn_f32(call->grad[S_O]), .h_last = attn_f32(call->grad[S_H_LAST]), .v = attn_f32(call->grad[S_U]),
                        .b = attn_f32(call->grad[S_B]), .c = attn_f32(call->grad[S_C]), .log_rate = rate, .gain = delta,
                        .skip = attn_f32(call->grad[S_SKIP]), .h0 = attn_f32(call->grad[S_H0])};
-    ATTN_TRY(dsf_scan_backward(call, &scan, &g));
+    ATTN_TRY(attn_dsf_scan_backward(call, &scan, &g));
     return s6_back(call, &x, delta, rate, attn_f32(call->grad[S_DT]), attn_f32(call->grad[S_DT_BIAS]), attn_f32(call->grad[S_A_LOG]));
 }
 
@@ -208,13 +209,13 @@ static attn_status s6_layer_run(attn_call *call, s6_layer *f)
     int64_t rows = attn_dim(call, "B") * attn_dim(call, "N"), d = attn_dim(call, "d"), states = attn_dim(call, "S");
     attn_status status = ATTN_OK;
     *f = (s6_layer){.low_rank = attn_dim(call, "R"), .wide = attn_dim(call, "P"), .out = attn_dim(call, "dout")};
-    f->proj = dsf_floats(call, rows * f->wide, &status);
-    f->low = dsf_floats(call, rows * f->low_rank, &status);
-    f->dt = dsf_floats(call, rows * d, &status);
-    f->b = dsf_floats(call, rows * states, &status);
-    f->c = dsf_floats(call, rows * states, &status);
-    f->o = dsf_floats(call, rows * d, &status);
-    f->h_last = dsf_floats(call, attn_dim(call, "B") * d * states, &status);
+    f->proj = attn_dsf_floats(call, rows * f->wide, &status);
+    f->low = attn_dsf_floats(call, rows * f->low_rank, &status);
+    f->dt = attn_dsf_floats(call, rows * d, &status);
+    f->b = attn_dsf_floats(call, rows * states, &status);
+    f->c = attn_dsf_floats(call, rows * states, &status);
+    f->o = attn_dsf_floats(call, rows * d, &status);
+    f->h_last = attn_dsf_floats(call, attn_dim(call, "B") * d * states, &status);
     ATTN_TRY(status);
     ATTN_TRY(attn_linear_forward(call->arena, call->threads, rows, d, f->wide, attn_f32(call->t[Y_X]), attn_f32(call->t[Y_W_X]), NULL, f->proj));
     for (int64_t r = 0; r < rows; r++) {
@@ -230,7 +231,7 @@ static attn_status s6_layer_run(attn_call *call, s6_layer *f)
     f->scan = (dsf_scan){.sequences = attn_dim(call, "B"), .n = attn_dim(call, "N"), .channels = d, .states = states, .skip_sets = 1,
                          .gain_wide = 1, .v = attn_f32(call->t[Y_X]), .b = f->b, .c = f->c, .log_rate = f->x.rate, .make_gain = s6_delta,
                          .maker = &f->x, .skip = attn_f32(call->t[Y_SKIP])};
-    return dsf_scan_forward(call, &f->scan, f->o, f->h_last);
+    return attn_dsf_scan_forward(call, &f->scan, f->o, f->h_last);
 }
 
 static attn_status s6_layer_forward(attn_call *call)
@@ -249,15 +250,19 @@ static attn_status s6_layer_backward(attn_call *call)
     ATTN_TRY(s6_all_deltas(call, &f.x));
     f.scan.gain = f.x.delta;
     int64_t rows = f.x.rows, d = f.x.channels, states = f.x.states;
-    float *go = dsf_floats(call, rows * d, &status), *gx = dsf_gradient(call, call->grad[Y_X], rows * d, &status);
-    float *gb = dsf_gradient(call, NULL, rows * states, &status), *gc = dsf_gradient(call, NULL, rows * states, &status);
-    float *delta = dsf_gradient(call, NULL, rows * d, &status), *rate = dsf_gradient(call, NULL, d * states, &status);
-    float *dt = dsf_gradient(call, NULL, rows * d, &status), *low = dsf_floats(call, rows * f.low_rank, &status);
+    float *go = attn_dsf_floats(call, rows * d, &status),
+          *gx = attn_dsf_gradient(call, call->grad[Y_X], rows * d, &status);
+    float *gb = attn_dsf_gradient(call, NULL, rows * states, &status),
+          *gc = attn_dsf_gradient(call, NULL, rows * states, &status);
+    float *delta = attn_dsf_gradient(call, NULL, rows * d, &status),
+          *rate = attn_dsf_gradient(call, NULL, d * states, &status);
+    float *dt = attn_dsf_gradient(call, NULL, rows * d, &status),
+          *low = attn_dsf_floats(call, rows * f.low_rank, &status);
     ATTN_TRY(status);
     ATTN_TRY(attn_linear_backward(call->arena, call->threads, rows, d, f.out, f.o, attn_f32(call->t[Y_W_OUT]), attn_f32(call->grad[Y_Y]), go,
                                   attn_f32(call->grad[Y_W_OUT]), NULL));
     dsf_gradients g = {.o = go, .v = gx, .b = gb, .c = gc, .log_rate = rate, .gain = delta, .skip = attn_f32(call->grad[Y_SKIP])};
-    ATTN_TRY(dsf_scan_backward(call, &f.scan, &g));
+    ATTN_TRY(attn_dsf_scan_backward(call, &f.scan, &g));
     ATTN_TRY(s6_back(call, &f.x, delta, rate, dt, attn_f32(call->grad[Y_DT_BIAS]), attn_f32(call->grad[Y_A_LOG])));
     ATTN_TRY(attn_linear_backward(call->arena, call->threads, rows, f.low_rank, d, f.low, attn_f32(call->t[Y_W_DT]), dt, low,
                                   attn_f32(call->grad[Y_W_DT]), NULL));
@@ -319,11 +324,11 @@ static attn_status qlstm_run(attn_call *call, qlstm *f, float *o, float *h_last)
 {
     int64_t rows = f->sequences * f->n, d = f->d;
     attn_status status = ATTN_OK;
-    f->pre = dsf_floats(call, rows * 3 * d, &status);
-    f->lam = dsf_floats(call, rows * d, &status);
-    f->gain = dsf_floats(call, rows * d, &status);
-    f->gate = dsf_floats(call, rows * d, &status);
-    f->h = dsf_floats(call, rows * d, &status);
+    f->pre = attn_dsf_floats(call, rows * 3 * d, &status);
+    f->lam = attn_dsf_floats(call, rows * d, &status);
+    f->gain = attn_dsf_floats(call, rows * d, &status);
+    f->gate = attn_dsf_floats(call, rows * d, &status);
+    f->h = attn_dsf_floats(call, rows * d, &status);
     ATTN_TRY(status);
     ATTN_TRY(attn_linear_forward(call->arena, call->threads, rows, d, 3 * d, f->x, f->w, f->bias, f->pre));
     const attn_tile_kernels *kernels = attn_tile_kernels_get();
@@ -341,7 +346,7 @@ static attn_status qlstm_run(attn_call *call, qlstm *f, float *o, float *h_last)
     }
     dsf_scan scan = {.sequences = f->sequences, .n = f->n, .channels = d, .states = 1, .skip_sets = 1, .lam_wide = 1, .gain_wide = 1,
                      .v = f->x, .lam = f->lam, .gain = f->gain, .h0 = f->h0};
-    ATTN_TRY(dsf_scan_forward(call, &scan, f->h, h_last));
+    ATTN_TRY(attn_dsf_scan_forward(call, &scan, f->h, h_last));
     for (int64_t i = 0; i < rows * d; i++) {
         o[i] = f->gate[i] * f->h[i];
     }
@@ -354,9 +359,9 @@ static attn_status qlstm_back(attn_call *call, const qlstm *f, const float *grad
 {
     int64_t rows = f->sequences * f->n, d = f->d;
     attn_status status = ATTN_OK;
-    float *gh = dsf_floats(call, rows * d, &status), *lam = dsf_gradient(call, NULL, rows * d, &status);
-    float *gain = dsf_gradient(call, NULL, rows * d, &status), *pre = dsf_floats(call, rows * 3 * d, &status);
-    float *part = dsf_floats(call, rows * d, &status);
+    float *gh = attn_dsf_floats(call, rows * d, &status), *lam = attn_dsf_gradient(call, NULL, rows * d, &status);
+    float *gain = attn_dsf_gradient(call, NULL, rows * d, &status), *pre = attn_dsf_floats(call, rows * 3 * d, &status);
+    float *part = attn_dsf_floats(call, rows * d, &status);
     ATTN_TRY(status);
     for (int64_t i = 0; i < rows * d; i++) {
         gh[i] = grad_o != NULL ? grad_o[i] * f->gate[i] : 0.0f;
@@ -364,7 +369,7 @@ static attn_status qlstm_back(attn_call *call, const qlstm *f, const float *grad
     dsf_scan scan = {.sequences = f->sequences, .n = f->n, .channels = d, .states = 1, .skip_sets = 1, .lam_wide = 1, .gain_wide = 1,
                      .v = f->x, .lam = f->lam, .gain = f->gain, .h0 = f->h0};
     dsf_gradients g = {.o = gh, .h_last = grad_h_last, .v = grad_x, .lam = lam, .gain = gain, .h0 = grad_h0};
-    ATTN_TRY(dsf_scan_backward(call, &scan, &g));
+    ATTN_TRY(attn_dsf_scan_backward(call, &scan, &g));
     double alpha = 0;
     for (int64_t i = 0; i < rows * d; i++) {
         int64_t at = i / d * 3 * d + i % d;
@@ -427,8 +432,8 @@ static attn_status qlstm_backward(attn_call *call)
     qlstm f = qlstm_setup(call);
     attn_status status = ATTN_OK;
     int64_t count = f.sequences * f.n * f.d;
-    float *o = dsf_floats(call, count, &status), *h = dsf_floats(call, f.sequences * f.d, &status);
-    float *gx = dsf_gradient(call, call->grad[Q_X], count, &status);
+    float *o = attn_dsf_floats(call, count, &status), *h = attn_dsf_floats(call, f.sequences * f.d, &status);
+    float *gx = attn_dsf_gradient(call, call->grad[Q_X], count, &status);
     ATTN_TRY(status);
     ATTN_TRY(qlstm_run(call, &f, o, h));
     return qlstm_back(call, &f, attn_f32(call->grad[Q_O]), attn_f32(call->grad[Q_H_LAST]), gx, attn_f32(call->grad[Q_W_GATES]),
@@ -500,12 +505,12 @@ static attn_status qlstm_layer_run(attn_call *call, qlstm_layer *x)
     const qlstm_params *p = call->params;
     int64_t batch = attn_dim(call, "B"), n = attn_dim(call, "N"), d = attn_dim(call, "d"), c = attn_dim(call, "C"), rows = batch * n;
     attn_status status = ATTN_OK;
-    x->both = dsf_floats(call, rows * 2 * d, &status);
-    x->signal = dsf_floats(call, rows * d, &status);
-    x->s = dsf_floats(call, rows * d, &status);
-    x->r = dsf_floats(call, rows * d, &status);
-    x->m = dsf_floats(call, rows * d, &status);
-    x->h_last = dsf_floats(call, batch * d, &status);
+    x->both = attn_dsf_floats(call, rows * 2 * d, &status);
+    x->signal = attn_dsf_floats(call, rows * d, &status);
+    x->s = attn_dsf_floats(call, rows * d, &status);
+    x->r = attn_dsf_floats(call, rows * d, &status);
+    x->m = attn_dsf_floats(call, rows * d, &status);
+    x->h_last = attn_dsf_floats(call, batch * d, &status);
     ATTN_TRY(status);
     ATTN_TRY(attn_linear_forward(call->arena, call->threads, rows, c, 2 * d, attn_f32(call->t[L_X]), attn_f32(call->t[L_W_IN]), NULL, x->both));
     for (int64_t i = 0; i < rows * d; i++) {
@@ -537,8 +542,9 @@ static attn_status qlstm_layer_backward(attn_call *call)
     attn_status status = ATTN_OK;
     ATTN_TRY(qlstm_layer_run(call, &x));
     int64_t rows = x.f.sequences * x.f.n, d = x.f.d, c = attn_dim(call, "C");
-    float *gm = dsf_floats(call, rows * d, &status), *gr = dsf_floats(call, rows * d, &status), *both = dsf_floats(call, rows * 2 * d, &status);
-    float *gs = dsf_gradient(call, NULL, rows * d, &status), *signal = dsf_floats(call, rows * d, &status);
+    float *gm = attn_dsf_floats(call, rows * d, &status), *gr = attn_dsf_floats(call, rows * d, &status),
+          *both = attn_dsf_floats(call, rows * 2 * d, &status);
+    float *gs = attn_dsf_gradient(call, NULL, rows * d, &status), *signal = attn_dsf_floats(call, rows * d, &status);
     ATTN_TRY(status);
     ATTN_TRY(attn_linear_backward(call->arena, call->threads, rows, d, c, x.m, attn_f32(call->t[L_W_OUT]), attn_f32(call->grad[L_Y]), gm,
                                   attn_f32(call->grad[L_W_OUT]), NULL));
@@ -607,7 +613,7 @@ static attn_status rglru_setup(attn_call *call, dsf_scan *scan)
     const rglru_params *p = call->params;
     int64_t d = attn_dim(call, "d"), count = attn_dim(call, "B") * attn_dim(call, "N") * d;
     attn_status status = ATTN_OK;
-    float *lam = dsf_floats(call, count, &status), *gain = dsf_floats(call, count, &status);
+    float *lam = attn_dsf_floats(call, count, &status), *gain = attn_dsf_floats(call, count, &status);
     ATTN_TRY(status);
     for (int64_t i = 0; i < count; i++) {
         double log_a = -p->c * attn_softplus((double)attn_f32(call->t[R_A])[i % d]) * attn_sigmoid((double)attn_f32(call->t[R_R])[i]);
@@ -623,7 +629,7 @@ static attn_status rglru_forward(attn_call *call)
 {
     dsf_scan scan;
     ATTN_TRY(rglru_setup(call, &scan));
-    return dsf_scan_forward(call, &scan, attn_f32(call->t[R_O]), attn_f32(call->t[R_H_LAST]));
+    return attn_dsf_scan_forward(call, &scan, attn_f32(call->t[R_O]), attn_f32(call->t[R_H_LAST]));
 }
 
 static attn_status rglru_backward(attn_call *call)
@@ -633,7 +639,7 @@ static attn_status rglru_backward(attn_call *call)
     attn_status status = ATTN_OK;
     ATTN_TRY(rglru_setup(call, &scan));
     int64_t d = scan.channels, count = scan.sequences * scan.n * d;
-    float *lam = dsf_gradient(call, NULL, count, &status), *gain = dsf_gradient(call, NULL, count, &status);
+    float *lam = attn_dsf_gradient(call, NULL, count, &status), *gain = attn_dsf_gradient(call, NULL, count, &status);
     double *sums = attn_arena_array(call->arena, (size_t)d, sizeof *sums);
     ATTN_TRY(status);
     if (sums == NULL) {
@@ -642,7 +648,7 @@ static attn_status rglru_backward(attn_call *call)
     memset(sums, 0, (size_t)d * sizeof *sums);
     dsf_gradients g = {.o = attn_f32(call->grad[R_O]), .h_last = attn_f32(call->grad[R_H_LAST]), .v = attn_f32(call->grad[R_X]), .lam = lam,
                        .gain = gain, .h0 = attn_f32(call->grad[R_H0])};
-    ATTN_TRY(dsf_scan_backward(call, &scan, &g));
+    ATTN_TRY(attn_dsf_scan_backward(call, &scan, &g));
     for (int64_t i = 0; i < count; i++) {
         double rate = attn_softplus((double)attn_f32(call->t[R_A])[i % d]), open = attn_sigmoid((double)attn_f32(call->t[R_R])[i]);
         double in = attn_sigmoid((double)attn_f32(call->t[R_G])[i]), log_a = -p->c * rate * open, a = exp(log_a), root = sqrt(-expm1(2 * log_a));

@@ -16,7 +16,7 @@
 #define CHANNELS 64 /* of a task */
 #define SPAN 32     /* tokens between kept states */
 
-float *dsf_floats(attn_call *call, int64_t count, attn_status *status)
+float *attn_dsf_floats(attn_call *call, int64_t count, attn_status *status)
 {
     float *made = attn_scratch_f32(call, count);
     if (made == NULL) {
@@ -25,12 +25,12 @@ float *dsf_floats(attn_call *call, int64_t count, attn_status *status)
     return made;
 }
 
-float *dsf_gradient(attn_call *call, const attn_tensor *grad, int64_t count, attn_status *status)
+float *attn_dsf_gradient(attn_call *call, const attn_tensor *grad, int64_t count, attn_status *status)
 {
     if (grad != NULL) {
         return attn_f32(grad);
     }
-    float *made = dsf_floats(call, count, status);
+    float *made = attn_dsf_floats(call, count, status);
     if (made != NULL) {
         memset(made, 0, (size_t)count * sizeof(float));
     }
@@ -93,9 +93,9 @@ static attn_status by_chunks(attn_call *call, const dsf_scan *x, float *o, float
 {
     int64_t rows = x->sequences * x->n, size = x->channels * x->states;
     attn_status status = ATTN_OK;
-    float *v = x->gain != NULL ? dsf_floats(call, rows * x->channels, &status) : NULL;
-    float *lam = x->lam_deep ? NULL : dsf_floats(call, rows * x->states, &status);
-    float *state = dsf_floats(call, x->sequences * size, &status);
+    float *v = x->gain != NULL ? attn_dsf_floats(call, rows * x->channels, &status) : NULL;
+    float *lam = x->lam_deep ? NULL : attn_dsf_floats(call, rows * x->states, &status);
+    float *state = attn_dsf_floats(call, x->sequences * size, &status);
     ATTN_TRY(status);
     for (int64_t i = 0; i < rows * x->channels && v != NULL; i++) {
         v[i] = gain_at(x, i / x->channels, i % x->channels) * x->v[i];
@@ -176,7 +176,7 @@ static void by_steps(const dsf_scan *x, int64_t sequence, int64_t low, int64_t h
     }
 }
 
-attn_status dsf_scan_forward(attn_call *call, const dsf_scan *x, float *o, float *h_last)
+attn_status attn_dsf_scan_forward(attn_call *call, const dsf_scan *x, float *o, float *h_last)
 {
     if (!x->lam_wide && x->log_rate == NULL && x->b != NULL && x->c != NULL) {
         return by_chunks(call, x, o, h_last);
@@ -365,19 +365,20 @@ static void back_task(const dsf_scan *x, const dsf_gradients *d, int64_t sequenc
     add_transposed(d->h0 != NULL ? d->h0 + own : NULL, y->g, count, x->states);
 }
 
-attn_status dsf_scan_backward(attn_call *call, const dsf_scan *x, const dsf_gradients *gradients)
+attn_status attn_dsf_scan_backward(attn_call *call, const dsf_scan *x, const dsf_gradients *gradients)
 {
     int64_t blocks = attn_ceil_div(x->channels, CHANNELS), tasks = x->sequences * blocks, deep = x->lam_deep ? x->states : 1;
     int64_t each = x->n * (2 * x->states + deep + 1), room = span_floats(x);
     attn_status status = ATTN_OK;
     dsf_gradients d = *gradients;
-    float *memory = dsf_floats(call, tasks * each, &status), *spans = dsf_floats(call, call->threads * room, &status);
+    float *memory = attn_dsf_floats(call, tasks * each, &status),
+          *spans = attn_dsf_floats(call, call->threads * room, &status);
     /* Sums over sequences: per sequence first. */
     if (d.skip != NULL) {
-        d.skip = dsf_gradient(call, NULL, x->sequences * x->channels, &status);
+        d.skip = attn_dsf_gradient(call, NULL, x->sequences * x->channels, &status);
     }
     if (d.log_rate != NULL) {
-        d.log_rate = dsf_gradient(call, NULL, x->sequences * x->channels * x->states, &status);
+        d.log_rate = attn_dsf_gradient(call, NULL, x->sequences * x->channels * x->states, &status);
     }
     ATTN_TRY(status);
 #pragma omp parallel for schedule(static) num_threads(call->threads) if (call->threads > 1)

@@ -25,7 +25,7 @@ static int64_t source_head(const rat_core *x, int64_t h, int64_t shared)
     return x->tiled ? h % shared : h / (x->heads / shared);
 }
 
-attn_status rat_core_open(attn_call *call, rat_core *x)
+attn_status attn_rat_core_open(attn_call *call, rat_core *x)
 {
     int64_t all = x->batch * x->heads, d = x->d, half = x->rotary_dim / 2, given = x->steps / x->chunk;
     size_t bytes = (size_t)(all * d) * sizeof(float);
@@ -223,7 +223,7 @@ static void begin(const void *user, int64_t bh, int64_t first, int64_t rows, flo
     }
 }
 
-attn_status rat_core_forward(attn_call *call, rat_core *x, const rat_rows *rows)
+attn_status attn_rat_core_forward(attn_call *call, rat_core *x, const rat_rows *rows)
 {
     attn_arena_mark mark = attn_arena_get_mark(call->arena);
     int64_t heads = x->batch * x->heads;
@@ -323,7 +323,7 @@ static attn_status back_memory(attn_call *call, const rat_core *x, int64_t step,
     return y->list != NULL && y->gradients != NULL ? ATTN_OK : attn_fail_memory((size_t)all * sizeof *y->list);
 }
 
-attn_status rat_core_backward(attn_call *call, rat_core *x, const rat_rows *rows, const rat_gradients *grad)
+attn_status attn_rat_core_backward(attn_call *call, rat_core *x, const rat_rows *rows, const rat_gradients *grad)
 {
     /* Tiles of whole chunks: nothing flows back from one to the one before but through the ends. */
     int64_t all = x->batch * x->heads, most = attn_max_i64(64, TILE / attn_max_i64(1, all * x->d * 8));
@@ -332,7 +332,7 @@ attn_status rat_core_backward(attn_call *call, rat_core *x, const rat_rows *rows
     tile w;
     back_tile y;
     attn_stairs stairs;
-    ATTN_TRY(rat_core_open(call, x));
+    ATTN_TRY(attn_rat_core_open(call, x));
     ATTN_TRY(tile_create(call, x, step, &w));
     ATTN_TRY(back_memory(call, x, step, &y));
     find_all_ends(call, x, rows, NULL);
@@ -472,8 +472,8 @@ static attn_status run(attn_call *call, rat_core *x, int o, int k_end)
         x->k_end = (float *)(uintptr_t)x->k_given; /* nothing is added, and nobody wants a copy */
         x->v_end = (float *)(uintptr_t)x->v_given;
     }
-    ATTN_TRY(rat_core_open(call, x));
-    ATTN_TRY(rat_core_forward(call, x, &rows));
+    ATTN_TRY(attn_rat_core_open(call, x));
+    ATTN_TRY(attn_rat_core_forward(call, x, &rows));
     memcpy(call->t[k_end + 2]->data, x->k_last, bytes);
     memcpy(call->t[k_end + 3]->data, x->v_last, bytes);
     return ATTN_OK;
@@ -493,7 +493,7 @@ static attn_status rat_backward(attn_call *call)
     rat_rows rows = {0, x.n, x.n, attn_f32(call->t[Q]), attn_f32(call->t[K]), attn_f32(call->t[V]), attn_f32(call->t[G]), NULL};
     rat_gradients g = {attn_f32(call->grad[O]), attn_f32(call->grad[Q]), attn_f32(call->grad[K]), attn_f32(call->grad[V]),
                        attn_f32(call->grad[G])};
-    return rat_core_backward(call, &x, &rows, &g);
+    return attn_rat_core_backward(call, &x, &rows, &g);
 }
 
 static attn_status rat_cost(attn_call *call, attn_cost *cost)

@@ -11,8 +11,8 @@ typedef struct rat_core {
     int tiled;     /* head h reads query and key head h mod (their number), not h / (...) */
     double scale, base;
     const float *k_given, *v_given, *k_start, *v_start;
-    float *k_end, *v_end; /* [B*H][ends][d], made by rat_core_open when NULL */
-    /* The rest is rat_core_open's: */
+    float *k_end, *v_end; /* [B*H][ends][d], made by attn_rat_core_open when NULL */
+    /* The rest is attn_rat_core_open's: */
     int64_t ends;           /* complete chunks, those before included */
     float *k_last, *v_last; /* [B*H][d]: the running pair, not rotated */
     float *table;           /* of chunks from steps/chunk on: cosines, sines and negative sines */
@@ -26,9 +26,9 @@ typedef struct rat_rows {
 } rat_rows;
 
 /* Memory for the state, and what is given of it. */
-attn_status rat_core_open(attn_call *call, rat_core *core);
+attn_status attn_rat_core_open(attn_call *call, rat_core *core);
 /* All tokens in order, in one call or several. Goes through them in tiles: scratch memory does not depend on their number. */
-attn_status rat_core_forward(attn_call *call, rat_core *core, const rat_rows *rows);
+attn_status attn_rat_core_forward(attn_call *call, rat_core *core, const rat_rows *rows);
 
 /* o is incoming; v and g are overwritten, q and k are added to. Each may be NULL but o. */
 typedef struct rat_gradients {
@@ -37,6 +37,7 @@ typedef struct rat_gradients {
 } rat_gradients;
 
 /* Of all tokens at once, heads n tokens apart. Opens the core and runs it forward itself; steps must be 0. rows->o is not used. */
-attn_status rat_core_backward(attn_call *call, rat_core *core, const rat_rows *rows, const rat_gradients *gradients);
+attn_status attn_rat_core_backward(attn_call *call, rat_core *core, const rat_rows *rows,
+                                   const rat_gradients *gradients);
 
 #endif

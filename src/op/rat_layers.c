@@ -281,7 +281,7 @@ static attn_status rat_mix(attn_call *call, const shape *s, const weights *w, co
     move_heads(call->threads, s->batch, s->n, s->groups, d, f->proj, f->columns, 3 * c, f->q, 0);
     move_heads(call->threads, s->batch, s->n, s->groups, d, f->proj, f->columns, 3 * c + s->groups * d, f->k, 0);
     f->rows = (rat_rows){first, s->n, s->n, f->q, f->k, f->v, f->g, f->a};
-    ATTN_TRY(rat_core_forward(call, core, &f->rows));
+    ATTN_TRY(attn_rat_core_forward(call, core, &f->rows));
     move_heads(call->threads, s->batch, s->n, s->heads, d, f->m, c, 0, f->a, 1);
 #pragma omp parallel for schedule(static) num_threads(call->threads) if (call->threads > 1)
     for (int64_t t = 0; t < tokens; t++) {
@@ -323,7 +323,7 @@ static attn_status rat_parts(attn_call *call, const shape *sequence, const weigh
 {
     shape s = *sequence;
     rat_core core = core_of(&s);
-    ATTN_TRY(rat_core_open(call, &core));
+    ATTN_TRY(attn_rat_core_open(call, &core));
     for (int64_t first = 0; first < sequence->n; first += PART) {
         attn_arena_mark mark = attn_arena_get_mark(call->arena);
         int64_t at = first * s.width;
@@ -365,7 +365,7 @@ static attn_status mixer_backward(attn_call *call, const shape *s, int is_rat, c
     attn_status status = ATTN_OK;
     mixed f;
     rat_core core = core_of(s);
-    ATTN_TRY(is_rat ? rat_core_open(call, &core) : ATTN_OK);
+    ATTN_TRY(is_rat ? attn_rat_core_open(call, &core) : ATTN_OK);
     ATTN_TRY(is_rat ? rat_mix(call, s, w, x, &core, 0, &f) : local_mix(call, s, w, x, &f));
     float *dm = floats(call, size, &status), *da = floats(call, size, &status), *dv = floats(call, size, &status);
     float *dg = floats(call, size, &status), *dq = floats(call, size, &status), *dk = floats(call, size, &status);
@@ -389,7 +389,7 @@ static attn_status mixer_backward(attn_call *call, const shape *s, int is_rat, c
         memset(dq, 0, (size_t)size * sizeof(float));
         memset(dk, 0, (size_t)size * sizeof(float));
         rat_gradients g = {da, dq, dk, dv, dg};
-        ATTN_TRY(rat_core_backward(call, &core, &f.rows, &g));
+        ATTN_TRY(attn_rat_core_backward(call, &core, &f.rows, &g));
 #pragma omp parallel for schedule(static) num_threads(call->threads) if (call->threads > 1)
         for (int64_t i = 0; i < size; i++) {
             dg[i] *= f.g[i] * (1 - f.g[i]);

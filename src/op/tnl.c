@@ -52,7 +52,7 @@ static attn_status core_setup(const attn_call *call, const attn_tensor *w_qkvu, 
                 .heads = p->heads, .offset = p->offset, .block = p->block, .act = p->act, .eps = p->eps, .w_qkvu = attn_f32(w_qkvu),
                 .w_o = attn_f32(w_o), .slope = attn_f32(slope), .theta = attn_f32(theta), .mask = attn_bool(mask),
                 .state_in = attn_f32(state)};
-    ATTN_TRY(tnl_check_heads(g->e, g->heads));
+    ATTN_TRY(attn_tnl_check_heads(g->e, g->heads));
     g->rows = g->batch * g->n;
     g->d = g->e / g->heads;
     g->key = theta != NULL ? 2 * g->d : g->d;
@@ -116,7 +116,8 @@ static attn_status run_parts(attn_call *call, const tnl_layer *y, int64_t b)
             memcpy(spare, out, (size_t)state * sizeof *spare);
             part.core.state_in = spare;
         }
-        ATTN_TRY(tnl_layer_forward(call, &part, attn_f32(call->t[X]) + at + first * g->c, attn_f32(call->t[O]) + at + first * g->c, out));
+        ATTN_TRY(attn_tnl_layer_forward(call, &part, attn_f32(call->t[X]) + at + first * g->c,
+                                        attn_f32(call->t[O]) + at + first * g->c, out));
     }
     return ATTN_OK;
 }
@@ -130,9 +131,9 @@ static attn_status run_layer(attn_call *call, int by_token)
     for (int64_t b = 0; b < y.core.batch && y.core.n > 2 * PART; b++) {
         ATTN_TRY(run_parts(call, &y, b));
     }
-    return y.core.n > 2 * PART
-               ? ATTN_OK
-               : tnl_layer_forward(call, &y, attn_f32(call->t[X]), attn_f32(call->t[O]), attn_f32(call->t[STATE_OUT]));
+    return y.core.n > 2 * PART ? ATTN_OK
+                               : attn_tnl_layer_forward(call, &y, attn_f32(call->t[X]), attn_f32(call->t[O]),
+                                                        attn_f32(call->t[STATE_OUT]));
 }
 
 static attn_status tnl_forward(attn_call *call) { return run_layer(call, 0); }
@@ -146,14 +147,15 @@ static attn_status tnl_backward(attn_call *call)
     tnl_layer_gradients to = {{NULL, attn_f32(call->grad[W_QKVU]), attn_f32(call->grad[W_O]), attn_f32(call->grad[THETA]),
                            attn_f32(call->grad[STATE])},
                           attn_f32(call->grad[W_1]), attn_f32(call->grad[W_2]), attn_f32(call->grad[W_3])};
-    return tnl_layer_backward(call, &y, attn_f32(call->t[X]), attn_f32(call->grad[O]), attn_f32(call->grad[X]), &to);
+    return attn_tnl_layer_backward(call, &y, attn_f32(call->t[X]), attn_f32(call->grad[O]), attn_f32(call->grad[X]),
+                                   &to);
 }
 
 static attn_status tnl_cost(attn_call *call, attn_cost *cost)
 {
     tnl_layer y;
     ATTN_TRY(layer_setup(call, &y));
-    cost->flops = tnl_core_flops(&y.core) + 6 * (double)y.core.rows * (double)(y.sglu.c * y.sglu.f);
+    cost->flops = attn_tnl_core_flops(&y.core) + 6 * (double)y.core.rows * (double)(y.sglu.c * y.sglu.f);
     return ATTN_OK;
 }
 
@@ -175,7 +177,8 @@ static attn_status attention_forward(attn_call *call)
     tnl_core g;
     ATTN_TRY(attention_setup(call, &g));
     ATTN_TRY(attn_lightning_check_slopes(g.slope, g.heads));
-    return tnl_core_forward(call, &g, attn_f32(call->t[A_X]), attn_f32(call->t[A_O]), attn_f32(call->t[A_STATE_OUT]));
+    return attn_tnl_core_forward(call, &g, attn_f32(call->t[A_X]), attn_f32(call->t[A_O]),
+                                 attn_f32(call->t[A_STATE_OUT]));
 }
 
 static attn_status attention_backward(attn_call *call)
@@ -185,14 +188,14 @@ static attn_status attention_backward(attn_call *call)
     ATTN_TRY(attn_lightning_check_slopes(g.slope, g.heads));
     tnl_core_gradients to = {attn_f32(call->grad[A_X]), attn_f32(call->grad[A_QKVU]), attn_f32(call->grad[A_O_W]),
                          attn_f32(call->grad[A_THETA]), attn_f32(call->grad[A_STATE])};
-    return tnl_core_backward(call, &g, attn_f32(call->t[A_X]), attn_f32(call->grad[A_O]), &to);
+    return attn_tnl_core_backward(call, &g, attn_f32(call->t[A_X]), attn_f32(call->grad[A_O]), &to);
 }
 
 static attn_status attention_cost(attn_call *call, attn_cost *cost)
 {
     tnl_core g;
     ATTN_TRY(attention_setup(call, &g));
-    cost->flops = tnl_core_flops(&g);
+    cost->flops = attn_tnl_core_flops(&g);
     return ATTN_OK;
 }
 

@@ -28,15 +28,15 @@ typedef struct tnl_lrpe {
     double *cosine, *sine, *turn_c, *turn_s; /* [d] each: of the current token, and of one token's turn */
 } tnl_lrpe;
 
-void tnl_lrpe_forward(tnl_lrpe *l, const float *x, int64_t stride, float *wide);
+void attn_tnl_lrpe_forward(tnl_lrpe *l, const float *x, int64_t stride, float *wide);
 /* grad_x [n] rows, overwritten; grad_theta [d] in double, added to. */
-void tnl_lrpe_backward(tnl_lrpe *l, const float *x, int64_t stride, const float *grad_wide, float *grad_x, int64_t grad_stride,
-                       double *grad_theta);
+void attn_tnl_lrpe_backward(tnl_lrpe *l, const float *x, int64_t stride, const float *grad_wide, float *grad_x,
+                            int64_t grad_stride, double *grad_theta);
 /* Scratch for the heads that run at the same time. */
-attn_status tnl_lrpe_scratch(attn_call *call, int64_t heads, int64_t d, double **scratch);
-tnl_lrpe tnl_lrpe_at(int64_t n, int64_t d, int64_t offset, const float *theta, double *scratch, int64_t h);
+attn_status attn_tnl_lrpe_scratch(attn_call *call, int64_t heads, int64_t d, double **scratch);
+tnl_lrpe attn_tnl_lrpe_at(int64_t n, int64_t d, int64_t offset, const float *theta, double *scratch, int64_t h);
 /* The gradient of a head's angles, summed over the batch in order. */
-double *tnl_lrpe_sum(double *scratch, int64_t h, int64_t d);
+double *attn_tnl_lrpe_sum(double *scratch, int64_t h, int64_t d);
 
 /* ---- Gated linear attention (tnl_core.c) ---- */
 
@@ -53,10 +53,11 @@ typedef struct tnl_core_gradients {
     float *x, *w_qkvu, *w_o, *theta, *state; /* x and state are overwritten, the others added to; each may be NULL */
 } tnl_core_gradients;
 
-attn_status tnl_core_forward(attn_call *call, const tnl_core *core, const float *x, float *o, float *state_out);
-attn_status tnl_core_backward(attn_call *call, const tnl_core *core, const float *x, const float *grad_o, const tnl_core_gradients *to);
-double tnl_core_flops(const tnl_core *core);
-attn_status tnl_check_heads(int64_t e, int64_t heads);
+attn_status attn_tnl_core_forward(attn_call *call, const tnl_core *core, const float *x, float *o, float *state_out);
+attn_status attn_tnl_core_backward(attn_call *call, const tnl_core *core, const float *x, const float *grad_o,
+                                   const tnl_core_gradients *to);
+double attn_tnl_core_flops(const tnl_core *core);
+attn_status attn_tnl_check_heads(int64_t e, int64_t heads);
 
 /* ---- SGLU, and a layer (tnl_layer.c) ---- */
 
@@ -65,10 +66,10 @@ typedef struct tnl_sglu {
     const float *w_1, *w_2, *w_3;
 } tnl_sglu;
 
-attn_status tnl_sglu_forward(attn_call *call, const tnl_sglu *sglu, const float *x, float *o);
+attn_status attn_tnl_sglu_forward(attn_call *call, const tnl_sglu *sglu, const float *x, float *o);
 /* grad_x is overwritten, the weights' gradients are added to; each may be NULL. */
-attn_status tnl_sglu_backward(attn_call *call, const tnl_sglu *sglu, const float *x, const float *grad_o, float *grad_x, float *grad_1,
-                              float *grad_2, float *grad_3);
+attn_status attn_tnl_sglu_backward(attn_call *call, const tnl_sglu *sglu, const float *x, const float *grad_o,
+                                   float *grad_x, float *grad_1, float *grad_2, float *grad_3);
 
 typedef struct tnl_layer {
     tnl_core core;
@@ -81,9 +82,9 @@ typedef struct tnl_layer_gradients {
 } tnl_layer_gradients;
 
 /* o may be x. */
-attn_status tnl_layer_forward(attn_call *call, const tnl_layer *layer, const float *x, float *o, float *state_out);
+attn_status attn_tnl_layer_forward(attn_call *call, const tnl_layer *layer, const float *x, float *o, float *state_out);
 /* grad_x may be grad_o. */
-attn_status tnl_layer_backward(attn_call *call, const tnl_layer *layer, const float *x, const float *grad_o, float *grad_x,
-                               const tnl_layer_gradients *to);
+attn_status attn_tnl_layer_backward(attn_call *call, const tnl_layer *layer, const float *x, const float *grad_o,
+                                    float *grad_x, const tnl_layer_gradients *to);
 
 #endif

@@ -42,8 +42,8 @@ static void split_head(const tnl_core *g, core_work *w, float *act, int64_t b, i
             attn_activation_forward(f, 1, g->d, w->z + (b * g->n + t) * 4 * g->e + part * g->e + h * g->d, plain + t * g->d);
         }
         if (g->theta != NULL) {
-            tnl_lrpe l = tnl_lrpe_at(g->n, g->d, g->offset, g->theta, w->scratch, h);
-            tnl_lrpe_forward(&l, act, g->d, to);
+            tnl_lrpe l = attn_tnl_lrpe_at(g->n, g->d, g->offset, g->theta, w->scratch, h);
+            attn_tnl_lrpe_forward(&l, act, g->d, to);
         }
     }
     for (int64_t t = 0; t < g->n; t++) {
@@ -84,7 +84,7 @@ static attn_status core_inner(attn_call *call, const tnl_core *g, const float *x
     ATTN_TRY(attn_take_f32(call, narrow, &w->gated));
     ATTN_TRY(attn_take_f32(call, narrow, &by_head));
     ATTN_TRY(attn_take_f32(call, g->theta != NULL ? g->heads * g->n * g->d : 1, &act));
-    ATTN_TRY(tnl_lrpe_scratch(call, g->heads, g->d, &w->scratch));
+    ATTN_TRY(attn_tnl_lrpe_scratch(call, g->heads, g->d, &w->scratch));
     ATTN_TRY(attn_linear_forward(call->arena, call->threads, g->rows, g->c, 4 * g->e, x, g->w_qkvu, NULL, w->z));
     /* Heads in parallel, the batch inside: scratch belongs to a head. */
 #pragma omp parallel for schedule(static) num_threads(call->threads) if (call->threads > 1)
@@ -107,7 +107,7 @@ static attn_status core_inner(attn_call *call, const tnl_core *g, const float *x
     return ATTN_OK;
 }
 
-attn_status tnl_core_forward(attn_call *call, const tnl_core *g, const float *x, float *o, float *state_out)
+attn_status attn_tnl_core_forward(attn_call *call, const tnl_core *g, const float *x, float *o, float *state_out)
 {
     core_work w;
     ATTN_TRY(core_inner(call, g, x, &w, state_out));
@@ -122,13 +122,13 @@ static void split_head_back(const tnl_core *g, const core_work *w, const float *
     for (int part = 0; part < 2; part++) {
         const float *grad = (part == 0 ? gq : gk) + (b * g->heads + h) * g->n * g->key;
         if (g->theta != NULL) {
-            tnl_lrpe l = tnl_lrpe_at(g->n, g->d, g->offset, g->theta, w->scratch, h);
+            tnl_lrpe l = attn_tnl_lrpe_at(g->n, g->d, g->offset, g->theta, w->scratch, h);
             /* Without a state only distances count, and long sums with the weight `offset` would leave nothing but their rounding. */
             l.counted = g->state_in != NULL ? g->offset : 0;
             for (int64_t t = 0; t < g->n; t++) {
                 attn_activation_forward(f, 1, g->d, w->z + (b * g->n + t) * 4 * g->e + part * g->e + h * g->d, act + t * g->d);
             }
-            tnl_lrpe_backward(&l, act, g->d, grad, narrow, g->d, tnl_lrpe_sum(w->scratch, h, g->d));
+            attn_tnl_lrpe_backward(&l, act, g->d, grad, narrow, g->d, attn_tnl_lrpe_sum(w->scratch, h, g->d));
             grad = narrow;
         }
         for (int64_t t = 0; t < g->n; t++) {
@@ -146,7 +146,8 @@ static void split_head_back(const tnl_core *g, const core_work *w, const float *
     }
 }
 
-attn_status tnl_core_backward(attn_call *call, const tnl_core *g, const float *x, const float *grad_o, const tnl_core_gradients *to)
+attn_status attn_tnl_core_backward(attn_call *call, const tnl_core *g, const float *x, const float *grad_o,
+                                   const tnl_core_gradients *to)
 {
     core_work w;
     float *gated, *normed, *gy, *gq, *gk, *gv, *gz, *by_head, *act, *narrow;
@@ -180,7 +181,7 @@ attn_status tnl_core_backward(attn_call *call, const tnl_core *g, const float *x
 #pragma omp parallel for schedule(static) num_threads(call->threads) if (call->threads > 1)
     for (int64_t h = 0; h < g->heads; h++) {
         int64_t own = g->theta != NULL ? h * g->n * g->d : 0;
-        double *sum = tnl_lrpe_sum(w.scratch, h, g->d);
+        double *sum = attn_tnl_lrpe_sum(w.scratch, h, g->d);
         memset(sum, 0, (size_t)g->d * sizeof *sum);
         for (int64_t b = 0; b < g->batch; b++) {
             split_head_back(g, &w, gq, gk, gv, gz, act + own, narrow + own, b, h);
@@ -192,13 +193,13 @@ attn_status tnl_core_backward(attn_call *call, const tnl_core *g, const float *x
     return attn_linear_backward(call->arena, call->threads, g->rows, g->c, 4 * g->e, x, g->w_qkvu, gz, to->x, to->w_qkvu, NULL);
 }
 
-double tnl_core_flops(const tnl_core *g)
+double attn_tnl_core_flops(const tnl_core *g)
 {
     attn_linattn shape = core_shape(g);
     return (double)g->rows * 10 * (double)(g->c * g->e) + attn_linattn_flops(&shape);
 }
 
-attn_status tnl_check_heads(int64_t e, int64_t heads)
+attn_status attn_tnl_check_heads(int64_t e, int64_t heads)
 {
     return e % heads == 0 && e > 0 ? ATTN_OK
                                    : attn_fail(ATTN_ERR_ARGUMENT, "heads = %lld does not divide E = %lld", (long long)heads, (long long)e);

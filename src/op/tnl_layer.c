@@ -20,15 +20,15 @@ static attn_status sglu_hidden(attn_call *call, const tnl_sglu *s, const float *
     return ATTN_OK;
 }
 
-attn_status tnl_sglu_forward(attn_call *call, const tnl_sglu *s, const float *x, float *o)
+attn_status attn_tnl_sglu_forward(attn_call *call, const tnl_sglu *s, const float *x, float *o)
 {
     float *a, *b, *product;
     ATTN_TRY(sglu_hidden(call, s, x, &a, &b, &product));
     return attn_linear_forward(call->arena, call->threads, s->rows, s->f, s->c, product, s->w_3, NULL, o);
 }
 
-attn_status tnl_sglu_backward(attn_call *call, const tnl_sglu *s, const float *x, const float *grad_o, float *grad_x, float *grad_1,
-                                 float *grad_2, float *grad_3)
+attn_status attn_tnl_sglu_backward(attn_call *call, const tnl_sglu *s, const float *x, const float *grad_o,
+                                   float *grad_x, float *grad_1, float *grad_2, float *grad_3)
 {
     float *a, *b, *product, *h, *more;
     ATTN_TRY(sglu_hidden(call, s, x, &a, &b, &product));
@@ -52,7 +52,7 @@ attn_status tnl_sglu_backward(attn_call *call, const tnl_sglu *s, const float *x
 
 /* ---- A layer ---- */
 
-attn_status tnl_layer_forward(attn_call *call, const tnl_layer *y, const float *x, float *o, float *state_out)
+attn_status attn_tnl_layer_forward(attn_call *call, const tnl_layer *y, const float *x, float *o, float *state_out)
 {
     const tnl_core *g = &y->core;
     int64_t count = g->rows * g->c;
@@ -61,20 +61,20 @@ attn_status tnl_layer_forward(attn_call *call, const tnl_layer *y, const float *
     ATTN_TRY(attn_take_f32(call, count, &normed));
     ATTN_TRY(attn_take_f32(call, count, &update));
     attn_norm_forward(ATTN_NORM_RMS, call->threads, g->rows, g->c, g->eps, x, NULL, NULL, normed);
-    ATTN_TRY(tnl_core_forward(call, g, normed, update, state_out));
+    ATTN_TRY(attn_tnl_core_forward(call, g, normed, update, state_out));
 #pragma omp parallel for schedule(static) num_threads(call->threads) if (call->threads > 1)
     for (int64_t i = 0; i < count; i++) {
         o[i] = x[i] + update[i];
     }
     attn_norm_forward(ATTN_NORM_RMS, call->threads, g->rows, g->c, g->eps, o, NULL, NULL, normed);
-    ATTN_TRY(tnl_sglu_forward(call, &y->sglu, normed, update));
+    ATTN_TRY(attn_tnl_sglu_forward(call, &y->sglu, normed, update));
     attn_add_f32(call->threads, count, o, update);
     attn_arena_release(call->arena, mark);
     return ATTN_OK;
 }
 
-attn_status tnl_layer_backward(attn_call *call, const tnl_layer *y, const float *x, const float *grad_o, float *grad_x,
-                                  const tnl_layer_gradients *to)
+attn_status attn_tnl_layer_backward(attn_call *call, const tnl_layer *y, const float *x, const float *grad_o,
+                                    float *grad_x, const tnl_layer_gradients *to)
 {
     const tnl_core *g = &y->core;
     int64_t count = g->rows * g->c;
@@ -87,16 +87,16 @@ attn_status tnl_layer_backward(attn_call *call, const tnl_layer *y, const float 
     ATTN_TRY(attn_take_f32(call, count, &through));
     ATTN_TRY(attn_take_f32(call, count, &grad_middle));
     attn_norm_forward(ATTN_NORM_RMS, call->threads, g->rows, g->c, g->eps, x, NULL, NULL, normed);
-    ATTN_TRY(tnl_core_forward(call, g, normed, middle, NULL));
+    ATTN_TRY(attn_tnl_core_forward(call, g, normed, middle, NULL));
     attn_add_f32(call->threads, count, middle, x);
     attn_norm_forward(ATTN_NORM_RMS, call->threads, g->rows, g->c, g->eps, middle, NULL, NULL, middle_normed);
-    ATTN_TRY(tnl_sglu_backward(call, &y->sglu, middle_normed, grad_o, grad, to->w_1, to->w_2, to->w_3));
+    ATTN_TRY(attn_tnl_sglu_backward(call, &y->sglu, middle_normed, grad_o, grad, to->w_1, to->w_2, to->w_3));
     ATTN_TRY(attn_norm_backward(ATTN_NORM_RMS, call->arena, call->threads, g->rows, g->c, g->eps, middle, NULL, grad, grad_middle, NULL,
                                 NULL));
     attn_add_f32(call->threads, count, grad_middle, grad_o);
     tnl_core_gradients inner = to->core;
     inner.x = grad;
-    ATTN_TRY(tnl_core_backward(call, g, normed, grad_middle, &inner));
+    ATTN_TRY(attn_tnl_core_backward(call, g, normed, grad_middle, &inner));
     ATTN_TRY(attn_norm_backward(ATTN_NORM_RMS, call->arena, call->threads, g->rows, g->c, g->eps, x, NULL, grad, through, NULL, NULL));
     if (grad_x != NULL) {
 #pragma omp parallel for schedule(static) num_threads(call->threads) if (call->threads > 1)
@@ -129,14 +129,15 @@ static tnl_sglu sglu_setup(const attn_call *call)
 static attn_status sglu_op_forward(attn_call *call)
 {
     tnl_sglu s = sglu_setup(call);
-    return tnl_sglu_forward(call, &s, attn_f32(call->t[S_X]), attn_f32(call->t[S_O]));
+    return attn_tnl_sglu_forward(call, &s, attn_f32(call->t[S_X]), attn_f32(call->t[S_O]));
 }
 
 static attn_status sglu_op_backward(attn_call *call)
 {
     tnl_sglu s = sglu_setup(call);
-    return tnl_sglu_backward(call, &s, attn_f32(call->t[S_X]), attn_f32(call->grad[S_O]), attn_f32(call->grad[S_X]),
-                         attn_f32(call->grad[S_1]), attn_f32(call->grad[S_2]), attn_f32(call->grad[S_3]));
+    return attn_tnl_sglu_backward(call, &s, attn_f32(call->t[S_X]), attn_f32(call->grad[S_O]),
+                                  attn_f32(call->grad[S_X]), attn_f32(call->grad[S_1]), attn_f32(call->grad[S_2]),
+                                  attn_f32(call->grad[S_3]));
 }
 
 const attn_op_class attn_op_tnl_sglu = {

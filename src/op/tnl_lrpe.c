@@ -24,7 +24,7 @@ static void lrpe_angles(tnl_lrpe *l, int64_t t)
     }
 }
 
-void tnl_lrpe_forward(tnl_lrpe *l, const float *x, int64_t stride, float *wide)
+void attn_tnl_lrpe_forward(tnl_lrpe *l, const float *x, int64_t stride, float *wide)
 {
     for (int64_t t = 0; t < l->n; t++, x += stride, wide += 2 * l->d) {
         lrpe_angles(l, t);
@@ -35,8 +35,8 @@ void tnl_lrpe_forward(tnl_lrpe *l, const float *x, int64_t stride, float *wide)
     }
 }
 
-void tnl_lrpe_backward(tnl_lrpe *l, const float *x, int64_t stride, const float *grad_wide, float *grad_x, int64_t grad_stride,
-                          double *grad_theta)
+void attn_tnl_lrpe_backward(tnl_lrpe *l, const float *x, int64_t stride, const float *grad_wide, float *grad_x,
+                            int64_t grad_stride, double *grad_theta)
 {
     for (int64_t t = 0; t < l->n; t++, x += stride, grad_wide += 2 * l->d, grad_x += grad_stride) {
         lrpe_angles(l, t);
@@ -48,20 +48,23 @@ void tnl_lrpe_backward(tnl_lrpe *l, const float *x, int64_t stride, const float 
     }
 }
 
-attn_status tnl_lrpe_scratch(attn_call *call, int64_t heads, int64_t d, double **scratch)
+attn_status attn_tnl_lrpe_scratch(attn_call *call, int64_t heads, int64_t d, double **scratch)
 {
     *scratch = attn_arena_array(call->arena, (size_t)heads * 5, (size_t)d * sizeof **scratch);
     return *scratch != NULL ? ATTN_OK : attn_fail_memory((size_t)(heads * 5 * d) * sizeof **scratch);
 }
 
-tnl_lrpe tnl_lrpe_at(int64_t n, int64_t d, int64_t offset, const float *theta, double *scratch, int64_t h)
+tnl_lrpe attn_tnl_lrpe_at(int64_t n, int64_t d, int64_t offset, const float *theta, double *scratch, int64_t h)
 {
     double *own = scratch + h * 5 * d;
     return (tnl_lrpe){.n = n, .d = d, .offset = offset, .counted = offset, .theta = theta + h * d, .cosine = own, .sine = own + d, .turn_c = own + 2 * d,
                        .turn_s = own + 3 * d};
 }
 
-double *tnl_lrpe_sum(double *scratch, int64_t h, int64_t d) { return scratch + (h * 5 + 4) * d; }
+double *attn_tnl_lrpe_sum(double *scratch, int64_t h, int64_t d)
+{
+    return scratch + (h * 5 + 4) * d;
+}
 
 /* ---- The operator ---- */
 
@@ -80,13 +83,13 @@ static attn_status lrpe_op_forward(attn_call *call)
     const tnl_params *p = call->params;
     int64_t batch = attn_dim(call, "B"), heads = attn_dim(call, "H"), n = attn_dim(call, "N"), d = attn_dim(call, "d");
     double *scratch;
-    ATTN_TRY(tnl_lrpe_scratch(call, heads, d, &scratch));
+    ATTN_TRY(attn_tnl_lrpe_scratch(call, heads, d, &scratch));
 #pragma omp parallel for schedule(static) num_threads(call->threads) if (call->threads > 1)
     for (int64_t h = 0; h < heads; h++) {
         for (int64_t b = 0; b < batch; b++) {
-            tnl_lrpe l = tnl_lrpe_at(n, d, p->offset, attn_f32(call->t[L_THETA]), scratch, h);
+            tnl_lrpe l = attn_tnl_lrpe_at(n, d, p->offset, attn_f32(call->t[L_THETA]), scratch, h);
             int64_t at = (b * heads + h) * n * d;
-            tnl_lrpe_forward(&l, attn_f32(call->t[L_X]) + at, d, attn_f32(call->t[L_O]) + 2 * at);
+            attn_tnl_lrpe_forward(&l, attn_f32(call->t[L_X]) + at, d, attn_f32(call->t[L_O]) + 2 * at);
         }
     }
     return ATTN_OK;
@@ -98,18 +101,19 @@ static attn_status lrpe_op_backward(attn_call *call)
     int64_t batch = attn_dim(call, "B"), heads = attn_dim(call, "H"), n = attn_dim(call, "N"), d = attn_dim(call, "d");
     double *scratch;
     float *grad_x = attn_f32(call->grad[L_X]), *grad_theta = attn_f32(call->grad[L_THETA]);
-    ATTN_TRY(tnl_lrpe_scratch(call, heads, d, &scratch));
+    ATTN_TRY(attn_tnl_lrpe_scratch(call, heads, d, &scratch));
     if (grad_x == NULL) {
         ATTN_TRY(attn_take_f32(call, batch * heads * n * d, &grad_x));
     }
 #pragma omp parallel for schedule(static) num_threads(call->threads) if (call->threads > 1)
     for (int64_t h = 0; h < heads; h++) {
-        double *sum = tnl_lrpe_sum(scratch, h, d);
+        double *sum = attn_tnl_lrpe_sum(scratch, h, d);
         memset(sum, 0, (size_t)d * sizeof *sum);
         for (int64_t b = 0; b < batch; b++) {
-            tnl_lrpe l = tnl_lrpe_at(n, d, p->offset, attn_f32(call->t[L_THETA]), scratch, h);
+            tnl_lrpe l = attn_tnl_lrpe_at(n, d, p->offset, attn_f32(call->t[L_THETA]), scratch, h);
             int64_t at = (b * heads + h) * n * d;
-            tnl_lrpe_backward(&l, attn_f32(call->t[L_X]) + at, d, attn_f32(call->grad[L_O]) + 2 * at, grad_x + at, d, sum);
+            attn_tnl_lrpe_backward(&l, attn_f32(call->t[L_X]) + at, d, attn_f32(call->grad[L_O]) + 2 * at, grad_x + at,
+                                   d, sum);
         }
         for (int64_t c = 0; c < d && grad_theta != NULL; c++) {
             grad_theta[h * d + c] = (float)sum[c];

@@ -46,7 +46,7 @@ static attn_status model_bind(attn_call *call)
     const tnl_params *p = call->params;
     const attn_tensor *theta = call->t[M_THETA];
     int64_t layers = attn_dim(call, "L"), e = attn_dim(call, "E");
-    ATTN_TRY(tnl_check_heads(e, p->heads));
+    ATTN_TRY(attn_tnl_check_heads(e, p->heads));
     if ((theta != NULL ? theta->shape[0] : 0) != p->lrpe_layers.count) {
         return attn_fail(ATTN_ERR_SHAPE, "theta holds the angles of %lld layers, lrpe_layers lists %d",
                          (long long)(theta != NULL ? theta->shape[0] : 0), p->lrpe_layers.count);
@@ -122,7 +122,7 @@ static attn_status run_layers(attn_call *call, const model *m, float **xs)
     embed(call, m, xs[0]);
     for (int64_t l = 0; l < m->layers; l++) {
         tnl_layer y = model_layer(call, m, l);
-        ATTN_TRY(tnl_layer_forward(call, &y, xs[l], xs[l + 1], NULL));
+        ATTN_TRY(attn_tnl_layer_forward(call, &y, xs[l], xs[l + 1], NULL));
     }
     return ATTN_OK;
 }
@@ -177,7 +177,7 @@ static attn_status model_backward(attn_call *call)
         tnl_layer_gradients to = {{NULL, slice(call->grad[M_QKVU], l * 4 * m.e * m.c), slice(call->grad[M_O_W], l * m.c * m.e),
                                lrpe >= 0 ? slice(call->grad[M_THETA], lrpe * m.angles) : NULL, NULL},
                               slice(call->grad[M_1], l * weights), slice(call->grad[M_2], l * weights), slice(call->grad[M_3], l * weights)};
-        ATTN_TRY(tnl_layer_backward(call, &y, xs[l], grad, grad, &to));
+        ATTN_TRY(attn_tnl_layer_backward(call, &y, xs[l], grad, grad, &to));
     }
     for (int64_t r = 0; r < m.rows && grad_embed != NULL; r++) {
         for (int64_t c = 0; c < m.c; c++) {
