@@ -108,6 +108,12 @@ int attn_dense_rows_lie_together(const dense_problem *problem);
 void attn_dense_scores_in_place(const dense_problem *problem, float *s, int64_t lds, const float *q, int64_t rows, const dense_keys *keys);
 void attn_dense_values_in_place(const dense_problem *problem, float *o, float *s, int64_t lds, int64_t rows, const dense_keys *keys);
 
+/* Merge what one row of head h gathered of `count` parts of its keys, in order and the sink first: sums o [dv], maxima m and sums l of
+ * weights in base 2, each `step` numbers after that of the part before. merged [dv_pad] is not normalised; returns its sum of weights
+ * relative to 2^shift, 0 when nothing was seen. */
+double attn_dense_merge_parts(const dense_problem *problem, int64_t h, const float *o, const float *m, const float *l, int64_t step,
+                              int64_t count, float *merged, float *shift);
+
 /* dense_decode.c: few query rows, many keys. */
 int attn_dense_is_decode(const dense_problem *problem);
 attn_status attn_dense_decode(const dense_problem *problem, const attn_tensor *o, const attn_tensor *lse, attn_arena *arena,

@@ -111,27 +111,26 @@ static int64_t part_of(const dense_problem *p)
     return attn_min_i64(attn_max_i64(keys, 64), MOST_PART);
 }
 
-/* Merge the parts of one row in order, the sink first. */
-static void merge_row(const dense_problem *p, const part_state *parts, int64_t count, int64_t row, int64_t h, float *o, double *lse)
+double attn_dense_merge_parts(const dense_problem *p, int64_t h, const float *o, const float *m, const float *l, int64_t step, int64_t count,
+                              float *merged, float *shift)
 {
-    float sink_m, sink_l;
-    attn_dense_begin_row(p, h, &sink_m, &sink_l);
-    float top = sink_m;
+    float top, sink_l;
+    attn_dense_begin_row(p, h, &top, &sink_l);
+    float sink_m = top;
     for (int64_t i = 0; i < count; i++) {
-        top = parts[i].m[row] > top ? parts[i].m[row] : top;
+        top = m[i * step] > top ? m[i * step] : top;
     }
-    float shift = top == -INFINITY ? 0 : top;
-    double sum = sink_l > 0 ? exp2((double)sink_m - (double)shift) : 0;
-    memset(o, 0, (size_t)p->dv_pad * sizeof *o);
+    *shift = top == -INFINITY ? 0 : top;
+    double sum = sink_l > 0 ? exp2((double)sink_m - (double)*shift) : 0;
+    memset(merged, 0, (size_t)p->dv_pad * sizeof *merged);
     for (int64_t i = 0; i < count; i++) {
-        double weight = exp2((double)parts[i].m[row] - (double)shift);
-        if (weight != 0 || isnan(parts[i].l[row])) { /* scores that are no numbers have no maximum */
-            sum += weight * (double)parts[i].l[row];
-            p->kernels->axpy(o, parts[i].o + row * p->dv_pad, p->dv, (float)weight);
+        double weight = exp2((double)m[i * step] - (double)*shift);
+        if (weight != 0 || isnan(l[i * step])) { /* scores that are no numbers have no maximum */
+            sum += weight * (double)l[i * step];
+            p->kernels->axpy(merged, o + i * step, p->dv, (float)weight);
         }
     }
-    p->kernels->scale(o, p->dv, sum == 0 ? 0 : (float)(1 / sum));
-    *lse = sum == 0 ? -INFINITY : ((double)shift + log2(sum)) * ATTN_LN2;
+    return sum;
 }
 
 /* The key of the largest score of all parts, the first one on ties; -1 when the row sees none. */
@@ -151,8 +150,9 @@ static int64_t merge_top(const part_state *parts, int64_t count, int64_t row)
 attn_status attn_dense_decode(const dense_problem *p, const attn_tensor *o, const attn_tensor *lse, attn_arena *arena, int threads)
 {
     int64_t pairs = p->batch * p->kv_heads, rows = p->group * p->n, part = part_of(p), parts = attn_ceil_div(p->m, part);
+    int64_t step = rows * (p->dv_pad + 2);
     part_state *states = attn_arena_array(arena, (size_t)(pairs * parts), sizeof *states);
-    float *memory = attn_arena_array(arena, (size_t)(pairs * parts), (size_t)(rows * (p->dv_pad + 2)) * sizeof(float));
+    float *memory = attn_arena_array(arena, (size_t)(pairs * parts), (size_t)step * sizeof(float));
     /* Of each thread: queries, scores, results. */
     int64_t own_floats = attn_ceil_div(rows * (p->d + STEP) + p->dv_pad, 16) * 16;
     float *own = attn_arena_array(arena, (size_t)threads, (size_t)own_floats * sizeof(float));
@@ -171,7 +171,7 @@ attn_status attn_dense_decode(const dense_problem *p, const attn_tensor *o, cons
         for (int64_t i = pairs * parts * thread / team; i < pairs * parts * (thread + 1) / team; i++) {
             int64_t pair = i / parts, b = pair / p->kv_heads, kv = pair % p->kv_heads, low, high, unused;
             part_state *state = &states[i];
-            float *to = memory + i * rows * (p->dv_pad + 2);
+            float *to = memory + i * step;
             for (int64_t r = 0; r < rows && pair != loaded; r++) {
                 attn_dense_load_row(p, q + r * p->d, &p->in->q, b, kv * p->group + r / p->n, r % p->n, p->d, factor);
             }
@@ -195,11 +195,14 @@ attn_status attn_dense_decode(const dense_problem *p, const attn_tensor *o, cons
         attn_barrier_wait(&barrier, (int)team);
         for (int64_t i = pairs * rows * thread / team; i < pairs * rows * (thread + 1) / team; i++) {
             int64_t pair = i / rows, r = i % rows, b = pair / p->kv_heads, h = pair % p->kv_heads * p->group + r / p->n;
-            double sum;
-            merge_row(p, states + pair * parts, parts, r, h, result, &sum);
+            const part_state *first = &states[pair * parts];
+            float shift;
+            double sum = attn_dense_merge_parts(p, h, first->o + r * p->dv_pad, first->m + r, first->l + r, step, parts, result, &shift);
+            p->kernels->scale(result, p->dv, sum == 0 ? 0 : (float)(1 / sum));
             attn_dense_store_row(o, b, h, r % p->n, result, p->dv);
             if (lse != NULL) {
-                ((float *)lse->data)[b * lse->stride[0] + h * lse->stride[1] + r % p->n * lse->stride[2]] = (float)sum;
+                ((float *)lse->data)[b * lse->stride[0] + h * lse->stride[1] + r % p->n * lse->stride[2]] =
+                    sum == 0 ? -INFINITY : (float)(((double)shift + log2(sum)) * ATTN_LN2);
             }
             if (p->top != NULL) {
                 ((int64_t *)p->top->data)[b * p->top->stride[0] + h * p->top->stride[1] + r % p->n * p->top->stride[2]] =

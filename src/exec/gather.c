@@ -137,7 +137,7 @@ static void fetch_first(const gather *w, const rows *g, int64_t first, int64_t l
     }
 }
 
-/* int8: only where exact attention too decodes by whole numbers. */
+/* int8 of several queries is converted. */
 static int reads_in_place(const dense_problem *p, const rows *g)
 {
     int whole = p->in->k.dtype == ATTN_I8 || p->in->v.dtype == ATTN_I8;
@@ -204,33 +204,6 @@ static attn_status workers_create(const gather *w, worker **workers, int threads
     return *workers != NULL ? ATTN_OK : attn_fail_memory((size_t)threads * sizeof **workers);
 }
 
-/* Parts of one row in order, the sink first. */
-static void merge_row(const gather *w, const float *parts, int64_t step, int64_t row, int64_t h, float *o, float *m, float *l)
-{
-    const dense_problem *p = w->p;
-    int64_t count = w->parts;
-    float sink_m, sink_l;
-    attn_dense_begin_row(p, h, &sink_m, &sink_l);
-    float top = sink_m;
-    const float *state = parts + w->most * p->dv_pad;
-    for (int64_t i = 0; i < count; i++) {
-        float here = state[i * step + row];
-        top = here > top ? here : top;
-    }
-    float shift = top == -INFINITY ? 0 : top;
-    double sum = sink_l > 0 ? exp2((double)sink_m - (double)shift) : 0;
-    memset(o, 0, (size_t)p->dv_pad * sizeof *o);
-    for (int64_t i = 0; i < count; i++) {
-        double weight = exp2((double)state[i * step + row] - (double)shift);
-        if (weight != 0 || isnan(state[i * step + w->most + row])) { /* scores that are no numbers have no maximum */
-            sum += weight * (double)state[i * step + w->most + row];
-            p->kernels->axpy(o, parts + i * step + row * p->dv_pad, p->dv, (float)weight);
-        }
-    }
-    *m = shift;
-    *l = (float)sum;
-}
-
 /* Few lists, as in decoding: each is cut in parts. */
 static attn_status run_parts(const gather *w, worker *workers, const attn_tensor *o, const attn_tensor *lse, attn_arena *arena, int threads)
 {
@@ -262,10 +235,11 @@ static attn_status run_parts(const gather *w, worker *workers, const attn_tensor
         for (int64_t task = 0; task < tasks; task++) {
             rows g = rows_of(w, task / w->chunks / w->y->rows, task / w->chunks % w->y->rows, task % w->chunks);
             for (int64_t r = 0; r < g.rows; r++) {
-                float m, l;
+                float shift;
                 int64_t h = g.h0 + r / g.count;
-                merge_row(w, states + task * w->parts * step, step, r, h, x->o, &m, &l);
-                attn_dense_finish_row(p, o, lse, g.b, h, g.n0 + r % g.count, x->o, m, l);
+                const float *first = states + task * w->parts * step, *m = first + w->most * p->dv_pad + r;
+                double sum = attn_dense_merge_parts(p, h, first + r * p->dv_pad, m, m + w->most, step, w->parts, x->o, &shift);
+                attn_dense_finish_row(p, o, lse, g.b, h, g.n0 + r % g.count, x->o, shift, (float)sum);
             }
         }
     }

@@ -184,7 +184,7 @@ VINLINE void sums_of_4_halves(const int whole, const __m256 x[4], float unit, fl
 #if defined(ATTN_ISA_AVX512)
 VINLINE vf add_as(const int whole, vf a, vf b)
 {
-    return whole ? _mm512_castsi512_ps(_mm512_add_epi32(_mm512_castps_si512(a), _mm512_castps_si512(b))) : _mm512_add_ps(a, b);
+    return whole ? WHOLE(add_epi32, BITS(a), BITS(b)) : v_add(a, b);
 }
 
 VINLINE void sums_of_4(const int whole, const vf x[4], float unit, float *to)
